@@ -1,0 +1,12 @@
+//! The shim's modules, in the order data flows.
+
+pub mod config;
+pub mod ledger;
+pub mod sys;
+
+pub mod bootstrap;
+pub mod task;
+pub mod events;
+pub mod oci;
+pub mod lxc;
+pub mod pve;

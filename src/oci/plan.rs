@@ -1,0 +1,172 @@
+//! The [`Plan`]: everything a bundle asks for, in this project's own words.
+//!
+//! Nothing of the OCI crate's types and nothing of LXC's syntax is visible here. A plan exists only
+//! if every field that the bundle sets can be honoured; otherwise building it failed with an error
+//! that names the field.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use proxmox_shim_init::protocol::{Device, Hook, Mount, Process};
+
+/// What one container is to become.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The workload.
+    pub process: Process,
+    /// As in the specification; `None` leaves the namespace's name.
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
+    pub namespaces: Namespaces,
+    /// In the order of the specification.
+    pub mounts: Vec<PlannedMount>,
+    /// `MS_*` propagation flags for `/`.
+    pub root_propagation: Option<u64>,
+    pub root_readonly: bool,
+    pub devices: Vec<Device>,
+    /// `(from, to)`.
+    pub links: Vec<(String, String)>,
+    pub sysctls: Vec<(String, String)>,
+    pub masked_paths: Vec<String>,
+    pub readonly_paths: Vec<String>,
+    pub resources: Resources,
+    /// Evaluated in order, the last match wins, as in the specification. The runtime's default
+    /// devices come last.
+    pub device_rules: Vec<DeviceRule>,
+    /// OCI `cgroupsPath` in its cgroupfs form, without the leading slash.
+    pub cgroups_path: Option<String>,
+    pub hooks: Hooks,
+    /// Verbatim: hooks read them in the state JSON.
+    pub annotations: BTreeMap<String, String>,
+    /// The specification's version, for the state JSON.
+    pub oci_version: String,
+    /// What a person should see of the image in the CT's notes, from containerd's annotations.
+    pub image: Option<String>,
+    /// Things that were understood but need a word in the log, such as an unknown capability.
+    pub warnings: Vec<String>,
+}
+
+/// Where each namespace of the container comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespaces {
+    pub pid: Namespace,
+    pub network: Namespace,
+    pub ipc: Namespace,
+    pub uts: Namespace,
+    pub cgroup: Namespace,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Namespace {
+    /// A new one.
+    New,
+    /// The one of the host (the specification does not list the type).
+    Host,
+    /// An existing one.
+    Path(PathBuf),
+}
+
+/// A mount of the specification, before the host's side of it is opened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PlannedMount {
+    /// A bind mount: the shim opens `source` as a detached mount and applies `attributes`;
+    /// init attaches it.
+    Bind {
+        source: PathBuf,
+        destination: String,
+        /// `rbind`.
+        recursive: bool,
+        attributes: MountAttributes,
+        /// `MS_*` propagation, at least one entry: a clone left in the host's peer group would
+        /// carry the container's mounts to the host. Private unless the specification says more.
+        propagation: Vec<u64>,
+    },
+    /// Anything init mounts by itself.
+    Init(Mount),
+}
+
+/// Attributes for `mount_setattr(2)`, as `MOUNT_ATTR_*`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MountAttributes {
+    pub set: u64,
+    pub clear: u64,
+    /// For the recursive forms (`rro`, `rnosuid`, …).
+    pub recursive_set: u64,
+    pub recursive_clear: u64,
+}
+
+/// Limits. `None` leaves the kernel's default; OCI's `-1` (no limit) is [`Limit::Max`].
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Resources {
+    /// Bytes.
+    pub memory_limit: Option<Limit>,
+    /// Bytes; memory and swap together, as OCI counts.
+    pub memory_swap: Option<Limit>,
+    /// Bytes.
+    pub memory_reservation: Option<Limit>,
+    /// 0..100; cgroup v1 only.
+    pub memory_swappiness: Option<u64>,
+    /// cgroup v1's unit, 2..262144.
+    pub cpu_shares: Option<u64>,
+    /// Microseconds per period.
+    pub cpu_quota: Option<Limit>,
+    /// Microseconds.
+    pub cpu_period: Option<u64>,
+    /// Microseconds.
+    pub cpu_burst: Option<u64>,
+    pub cpu_idle: Option<i64>,
+    /// List format of `cpuset(7)`.
+    pub cpuset_cpus: Option<String>,
+    pub cpuset_mems: Option<String>,
+    pub pids_limit: Option<Limit>,
+    /// 10..1000.
+    pub blkio_weight: Option<u16>,
+    /// `(major, minor, bytes or operations per second)`.
+    pub blkio_read_bps: Vec<(u64, u64, u64)>,
+    pub blkio_write_bps: Vec<(u64, u64, u64)>,
+    pub blkio_read_iops: Vec<(u64, u64, u64)>,
+    pub blkio_write_iops: Vec<(u64, u64, u64)>,
+    /// `(page size as in the kernel's file names, bytes)`.
+    pub hugepages: Vec<(String, u64)>,
+    /// cgroup2 file and value, verbatim.
+    pub unified: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    Max,
+    Value(u64),
+}
+
+/// One line of the device list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceRule {
+    pub allow: bool,
+    pub kind: DeviceKind,
+    /// `None`: all.
+    pub major: Option<u32>,
+    pub minor: Option<u32>,
+    /// Of `rwm`.
+    pub access: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    All,
+    Char,
+    Block,
+}
+
+/// The OCI hooks, by the moment they run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hooks {
+    /// Run by the shim on the host once the namespaces exist, before `create_runtime`.
+    pub prestart: Vec<Hook>,
+    pub create_runtime: Vec<Hook>,
+    /// Run by init in the container.
+    pub start_container: Vec<Hook>,
+    /// Run by the shim after the workload was started.
+    pub poststart: Vec<Hook>,
+    /// Run by the shim after the container was deleted.
+    pub poststop: Vec<Hook>,
+}

@@ -1,1 +1,5 @@
+//! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
+pub mod exec;
+pub mod exit;
+pub mod init;

@@ -1,0 +1,22 @@
+//! System calls: the crate's only `unsafe`.
+//!
+//! Thin, typed wrappers over what nix does not cover. No policy lives here.
+
+pub mod pidfd;
+pub mod socket;
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tokio::io::unix::AsyncFd;
+
+/// Has the runtime watch a descriptor, which must be non-blocking if it is read or written through
+/// the result (a pidfd is only waited for).
+///
+/// # Errors
+/// Those of `epoll_ctl(2)`.
+pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: `AsyncFd` owns the descriptor, which therefore stays open, and the same, until
+    // after it has been deregistered.
+    unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}

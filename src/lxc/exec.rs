@@ -111,6 +111,12 @@ impl Spawned {
         self.session.ready().await
     }
 
+    /// Gives up on it: the caller still has to reap it.
+    #[must_use]
+    pub fn into_pidfd(self) -> OwnedFd {
+        self.pidfd
+    }
+
     /// Returns the process once it has executed its program.
     ///
     /// # Errors

@@ -1,0 +1,454 @@
+//! Makes a container: from containerd's request to an init that waits for its start.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::libc;
+use proxmox_shim_init::protocol::{ContainerSetup, MountSource, VERSION};
+use tokio::io::unix::AsyncFd;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::events;
+use crate::ledger::{CtRecord, ProcessId, Record, RunDir, Stat};
+use crate::lxc::cgroup::{Cgroup, OomWatch};
+use crate::lxc::exit::{self, Exit};
+use crate::lxc::rootfs::RootfsMount;
+use crate::lxc::{self, cgroup, detached, init, rootfs};
+use crate::oci::plan::{Limit, Namespace, Plan, PlannedMount, Resources};
+use crate::oci::{self, Host};
+use crate::pve::conf::CtDescription;
+use crate::pve::{self, Identity, Upid, Vmid};
+use crate::sys;
+use crate::task::error::{Error, Result};
+use crate::task::stdio::{Stdio, StdioRequest};
+use crate::task::{Environment, blocking, hooks, teardown};
+
+/// The stop hook's record is waited for no longer when only the OOM count is of interest.
+const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
+const MIB: u64 = 1 << 20;
+/// Proxmox's smallest memory limit, in MiB.
+const MEMORY_MIN: u64 = 16;
+
+/// containerd's request, in the words of this project.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    pub id: String,
+    pub bundle: PathBuf,
+    pub rootfs: Vec<RootfsMount>,
+    pub stdio: StdioRequest,
+    /// The configuration of this container.
+    pub config: Arc<Config>,
+    pub pve: Arc<pve::Client>,
+}
+
+/// A container whose init waits for its start.
+pub struct Created {
+    pub ct: RunningCt,
+    pub session: init::Session,
+    pub stdio: Stdio,
+}
+
+/// What the shim knows of a CT that was started.
+pub struct RunningCt {
+    pub vmid: Vmid,
+    pub id: String,
+    pub bundle: PathBuf,
+    pub dir: RunDir,
+    pub record: Record,
+    pub identity: Identity,
+    pub pve: Arc<pve::Client>,
+    pub config: Arc<Config>,
+    pub plan: Plan,
+    pub host: Arc<Host>,
+    /// The host's pid of PID 1.
+    pub pid: i32,
+    pub pidfd: Arc<AsyncFd<OwnedFd>>,
+    pub cgroup: Arc<Cgroup>,
+    /// `CLONE_NEW*` flags of the namespaces that an exec has to enter.
+    pub exec_namespaces: u32,
+    oom: tokio::sync::Mutex<Option<OomWatch>>,
+}
+
+/// Creates the container, or undoes everything and says why not. `cancel` ends the waiting for
+/// the CT.
+///
+/// # Errors
+/// The first failure, with that of the undoing beside it.
+pub async fn create(
+    env: Arc<Environment>,
+    request: Arc<CreateRequest>,
+    cancel: CancellationToken,
+) -> Result<Created> {
+    let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
+    // Not undone: what exists under this name belongs to another container.
+    {
+        let dir = dir.clone();
+        blocking(move || Ok(dir.create()?)).await?;
+    }
+    let mut building = Building {
+        record: Record::new(request.bundle.join("rootfs")),
+        identity: None,
+        dir,
+        env,
+        request,
+        cancel,
+    };
+    match building.build().await {
+        Ok(created) => Ok(created),
+        Err(error) => {
+            let cleanup = teardown::teardown(
+                &building.request.pve,
+                &building.dir,
+                &building.record,
+                building.identity.as_ref(),
+            )
+            .await;
+            Err(error.and_cleanup(cleanup))
+        }
+    }
+}
+
+/// What has been made so far.
+struct Building {
+    env: Arc<Environment>,
+    request: Arc<CreateRequest>,
+    cancel: CancellationToken,
+    dir: RunDir,
+    record: Record,
+    identity: Option<Identity>,
+}
+
+impl Building {
+    async fn build(&mut self) -> Result<Created> {
+        let request = self.request.clone();
+        let (bundle, host) = (request.bundle.clone(), self.env.host.clone());
+        let plan = blocking(move || Ok(oci::load(&bundle, &host)?)).await?;
+        for warning in &plan.warnings {
+            log::warn!(container = request.id.as_str(); "{warning}");
+        }
+        self.save().await?;
+        let (mounts, target) = (request.rootfs.clone(), self.record.rootfs.clone());
+        let stdio_context = self.env.stdio_context(&request.id, "", &request.bundle);
+        blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
+        let stdio = Stdio::open(request.stdio.clone(), stdio_context).await?;
+        let binds = plan.mounts.clone();
+        let mounts = blocking(move || open_binds(&binds)).await?;
+        let listener = init::Listener::bind(&self.dir.ctl())?;
+
+        let vmid = self.claim(&plan).await?;
+        self.prepare(vmid, &plan).await?;
+        let connected = self.start(vmid, listener).await?;
+
+        let pid = connected.pid;
+        self.record.init = Some(ProcessId::of(pid)?);
+        self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
+        self.save().await?;
+        let (cgroup, namespaces) = {
+            let (dir, resources) = (self.dir.clone(), plan.resources.clone());
+            blocking(move || {
+                let cgroup = Cgroup::of_process(pid)?;
+                if let Some(memory) = cgroup.memory_dir() {
+                    dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;
+                }
+                cgroup.create_limits(&resources)?;
+                Ok((cgroup, foreign_namespaces(pid)?))
+            })
+            .await?
+        };
+        let oom = cgroup.watch_oom().inspect_err(|e| log::warn!("OOM kills go unseen: {e}")).ok();
+        let ct = RunningCt {
+            vmid,
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            dir: self.dir.clone(),
+            record: self.record.clone(),
+            identity: self.identity.clone().ok_or(Error::ShuttingDown)?,
+            pve: request.pve.clone(),
+            config: request.config.clone(),
+            host: self.env.host.clone(),
+            pid,
+            pidfd: Arc::new(watch(connected.pidfd)?),
+            cgroup: Arc::new(cgroup),
+            exec_namespaces: namespaces,
+            oom: tokio::sync::Mutex::new(oom),
+            plan,
+        };
+        let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
+        let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
+        let terminal = self
+            .or_given_up(connected.session.set_up(&setup, stdio.child_fds()?, mounts))
+            .await??;
+        if let Some(master) = terminal {
+            stdio.attach_terminal(master)?;
+        }
+        let state = ct.state("creating");
+        self.or_given_up(async {
+            hooks::run("prestart", &ct.plan.hooks.prestart, &state).await?;
+            hooks::run("createRuntime", &ct.plan.hooks.create_runtime, &state).await
+        })
+        .await??;
+        Ok(Created { ct, session: connected.session, stdio })
+    }
+
+    async fn save(&self) -> Result<()> {
+        let (dir, record) = (self.dir.clone(), self.record.clone());
+        blocking(move || Ok(dir.save(&record)?)).await
+    }
+}
+
+impl Building {
+    /// Takes a VMID by creating its configuration file. The record is written before each try, so
+    /// that a crash in between leaves no CT that nobody remembers.
+    async fn claim(&mut self, plan: &Plan) -> Result<Vmid> {
+        let config = self.request.config.clone();
+        let identity = {
+            let (config, namespace, id) =
+                (config.clone(), self.env.namespace.clone(), self.request.id.clone());
+            blocking(move || Ok(Identity::new(&config.paths.state_dir, &namespace, &id)?)).await?
+        };
+        self.identity = Some(identity.clone());
+        let description = description(&config, &self.request.id, plan, &identity, &self.dir)?;
+        let (dir, mut record) = (self.dir.clone(), self.record.clone());
+        let (vmid, record) = blocking(move || {
+            let vmid = pve::conf::claim_next(&config, &description, |vmid| {
+                record.ct = Some(CtRecord {
+                    vmid: vmid.get(),
+                    install_id: identity.install_id.clone(),
+                    nonce: identity.nonce.clone(),
+                    boot_id: identity.boot_id.clone(),
+                });
+                dir.save(&record)
+            })?;
+            Ok((vmid, record))
+        })
+        .await?;
+        self.record = record;
+        Ok(vmid)
+    }
+
+    /// Everything that lxc-start will read.
+    async fn prepare(&self, vmid: Vmid, plan: &Plan) -> Result<()> {
+        let layout = lxc::config::Layout {
+            vmid: vmid.get(),
+            run_dir: self.dir.path().to_owned(),
+            init: self.env.init_path.clone(),
+        };
+        let text = lxc::config::render(plan, &layout, &self.env.host)?;
+        let dir = self.dir.clone();
+        let paths = lxc::config::cgroup_paths(plan, vmid.get());
+        blocking(move || {
+            dir.write(&dir.lxc_conf(), text.as_bytes())?;
+            // Proxmox's pre-start hook would do it, but the include clears that hook.
+            Ok(cgroup::remove_stale(&paths)?)
+        })
+        .await
+    }
+
+    /// Has Proxmox start the CT and waits for its init.
+    ///
+    /// Proxmox's task is still running when init connects, and fails for a workload that ends at
+    /// once. So it only counts until init has connected.
+    async fn start(&self, vmid: Vmid, listener: init::Listener) -> Result<init::Connected> {
+        let seconds = self.request.config.ct.start_timeout;
+        let connected = listener.accept();
+        let task = {
+            let (pve, config) = (self.request.pve.clone(), self.request.config.clone());
+            async move {
+                let upid: Upid = pve.start(vmid).await?;
+                pve.wait(&upid, config.proxmox.task_timeout).await?;
+                Ok::<_, pve::Error>(())
+            }
+        };
+        let abandoned = CancellationToken::new();
+        let guard = abandoned.clone().drop_guard();
+        // A request in flight is not broken off: Proxmox would not stop working on it.
+        let mut task = tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                result = task => result,
+                () = async {
+                    abandoned.cancelled().await;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                } => Ok(()),
+            }
+        });
+        let timeout = tokio::time::sleep(seconds);
+        tokio::pin!(connected, timeout);
+        let mut started = false;
+        let result = loop {
+            tokio::select! {
+                biased;
+                connected = &mut connected => break Ok(connected?),
+                result = &mut task, if !started => match result {
+                    Ok(Ok(())) => started = true,
+                    Ok(Err(error)) => break Err(error.into()),
+                    Err(_) => break Err(Error::ShuttingDown),
+                },
+                () = &mut timeout => break Err(Error::StartTimeout {
+                    vmid: vmid.get(),
+                    seconds: seconds.as_secs(),
+                    log: self.dir.lxc_log(),
+                }),
+                () = self.cancel.cancelled() => {
+                    break Err(Error::Cancelled { id: self.request.id.clone() });
+                }
+            }
+        };
+        drop(guard);
+        result
+    }
+
+    /// Awaits `work` unless the client gives up.
+    async fn or_given_up<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            result = work => Ok(result),
+            () = self.cancel.cancelled() => Err(Error::Cancelled { id: self.request.id.clone() }),
+        }
+    }
+}
+
+impl RunningCt {
+    /// The OCI state for hooks.
+    #[must_use]
+    pub fn state<'a>(&'a self, status: &'a str) -> hooks::State<'a> {
+        hooks::State {
+            oci_version: &self.plan.oci_version,
+            id: &self.id,
+            status,
+            pid: Some(self.pid),
+            bundle: &self.bundle,
+            annotations: &self.plan.annotations,
+        }
+    }
+
+    /// The OCI state of a container without a process.
+    #[must_use]
+    pub fn stopped_state(&self) -> hooks::State<'_> {
+        hooks::State { pid: None, ..self.state("stopped") }
+    }
+
+    /// Whether a process of the container may call `reboot(2)`, which the kernel's exit status
+    /// hides.
+    #[must_use]
+    pub fn may_reboot(&self) -> bool {
+        const CAP_SYS_BOOT: u32 = 22;
+        self.plan.process.capabilities.bounding & (1 << CAP_SYS_BOOT) != 0
+    }
+
+    /// Whether other processes outlive the container's init.
+    #[must_use]
+    pub fn shares_pids(&self) -> bool {
+        self.plan.namespaces.pid != Namespace::New
+    }
+
+    /// The OOM kills when init has ended. The cgroup disappears soon after that, so the stop
+    /// hook's count is asked for when a kill is likely.
+    pub async fn oom_kills_at_exit(&self, exit: Option<&Exit>) -> u64 {
+        let cgroup = self.cgroup.clone();
+        if let Ok(kills) = blocking(move || Ok(cgroup.oom_kills()?)).await {
+            return kills;
+        }
+        let killed = 128 + libc::SIGKILL.unsigned_abs();
+        if exit.is_some_and(|exit| exit.status.0 != killed) {
+            return 0;
+        }
+        let deadline = tokio::time::Instant::now() + OOM_RECORD_TIMEOUT;
+        while tokio::time::Instant::now() < deadline {
+            match exit::read_record(&self.dir.exit()) {
+                Ok(Some(record)) => return record.oom_kills,
+                Ok(None) => tokio::time::sleep(Duration::from_millis(2)).await,
+                Err(_) => break,
+            }
+        }
+        0
+    }
+
+    /// Waits for the next OOM kill and returns how many there were; `None` if there can't be one.
+    pub async fn next_oom(&self) -> Option<u64> {
+        let mut watch = self.oom.lock().await;
+        watch.as_mut()?.next().await.ok()
+    }
+
+    /// Shows changed limits in Proxmox's configuration.
+    ///
+    /// # Errors
+    /// Proxmox's; nothing has been changed then.
+    pub async fn show_limits(&self, resources: &Resources) -> Result<()> {
+        let changes = limits(resources);
+        if changes.is_empty() {
+            return Ok(());
+        }
+        Ok(self.pve.put_config_ours(self.vmid, &changes, &self.identity).await?)
+    }
+
+    /// What init is told to do.
+    fn setup(&self, directories: impl Iterator<Item = bool>) -> Result<ContainerSetup> {
+        let plan = &self.plan;
+        let mut directories = directories;
+        let mounts = plan.mounts.iter().filter_map(|mount| match mount {
+            PlannedMount::Init(mount) => Some(mount.clone()),
+            PlannedMount::Bind { destination, .. } => {
+                Some(proxmox_shim_init::protocol::Mount {
+                    destination: destination.clone(),
+                    source: MountSource::Detached { directory: directories.next()? },
+                    copy_up: false,
+                    // Set on the detached mount already.
+                    propagation: Vec::new(),
+                })
+            }
+        });
+        let state_json = serde_json::to_string(&self.state("created"))
+            .map_err(|error| Error::Io { action: "render the OCI state", source: error.into() })?;
+        Ok(ContainerSetup {
+            version: VERSION,
+            hostname: plan.hostname.clone(),
+            domainname: plan.domainname.clone(),
+            loopback_up: plan.namespaces.network == Namespace::New,
+            mounts: mounts.collect(),
+            root_propagation: plan.root_propagation,
+            root_readonly: plan.root_readonly,
+            devices: plan.devices.clone(),
+            links: plan.links.clone(),
+            sysctls: plan.sysctls.clone(),
+            masked_paths: plan.masked_paths.clone(),
+            readonly_paths: plan.readonly_paths.clone(),
+            start_hooks: plan.hooks.start_container.clone(),
+            state_json,
+            process: plan.process.clone(),
+        })
+    }
+}
+
+fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<detached::Detached>> {
+    mounts
+        .iter()
+        .filter(|mount| matches!(mount, PlannedMount::Bind { .. }))
+        .map(|mount| Ok(detached::open(mount)?))
+        .collect()
+}
+
+/// The `CLONE_NEW*` flags of the namespaces in which a process differs from the shim.
+fn foreign_namespaces(pid: i32) -> Result<u32> {
+    const KINDS: [(&str, i32); 6] = [
+        ("mnt", libc::CLONE_NEWNS),
+        ("pid", libc::CLONE_NEWPID),
+        ("net", libc::CLONE_NEWNET),
+        ("ipc", libc::CLONE_NEWIPC),
+        ("uts", libc::CLONE_NEWUTS),
+        ("cgroup", libc::CLONE_NEWCGROUP),
+    ];
+    let id = |process: &str, kind: &str| {
+        std::fs::read_link(format!("/proc/{process}/ns/{kind}"))
+            .map_err(|source| Error::Io { action: "read a namespace of the CT's init", source })
+    };
+    let mut flags = 0;
+    for (kind, flag) in KINDS {
+        if id("self", kind)? != id(&pid.to_string(), kind)? {
+            flags |= flag.unsigned_abs();
+        }
+    }
+    Ok(flags)
+}

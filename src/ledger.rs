@@ -190,8 +190,8 @@ pub struct Record {
     pub init: Option<ProcessId>,
     /// lxc-start, once init has connected.
     pub monitor: Option<ProcessId>,
-    /// The end as the shim saw it; the stop hook's record says the same.
-    pub exit_status: Option<u32>,
+    /// The CT's cgroups, relative to each hierarchy's root; set together with `ct`.
+    pub cgroups: Vec<String>,
 }
 
 /// A CT and how to recognise it as ours.
@@ -206,7 +206,7 @@ pub struct CtRecord {
 impl Record {
     #[must_use]
     pub fn new(rootfs: PathBuf) -> Self {
-        Self { version: VERSION, rootfs, ct: None, init: None, monitor: None, exit_status: None }
+        Self { version: VERSION, rootfs, ct: None, init: None, monitor: None, cgroups: Vec::new() }
     }
 }
 

@@ -39,8 +39,6 @@ use crate::task::{Environment, hooks, teardown};
 const INBOX: usize = 64;
 /// Output that a grandchild keeps open is waited for no longer, as with runc's shim.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// `capabilities(7)`: may call `reboot(2)` in its pid namespace.
-const CAP_SYS_BOOT: u32 = 22;
 
 type Reply<T> = oneshot::Sender<Result<T>>;
 
@@ -298,7 +296,7 @@ impl Actor {
         if self.processes.contains_key(&exec_id) {
             return Err(Error::Exists { what: "exec", id: exec_id });
         }
-        let program = oci::exec_process(spec, &ct.plan, &ct.host)?;
+        let program = oci::exec_process(spec, &ct.plan.process, &ct.host)?;
         let mut process = Process::new(Phase::Created, stdio);
         process.program = Some(program);
         self.processes.insert(exec_id.clone(), process);
@@ -518,9 +516,12 @@ impl Actor {
         }
         self.event(Event::Create {
             container_id: self.id.clone(),
-            bundle: self.request.bundle.clone(),
+            bundle: self.request.bundle.to_string_lossy().into_owned(),
             rootfs: self.request.rootfs.clone(),
-            stdio: self.request.stdio.clone(),
+            stdin: self.request.stdio.stdin.clone(),
+            stdout: self.request.stdio.stdout.clone(),
+            stderr: self.request.stdio.stderr.clone(),
+            terminal: self.request.stdio.terminal,
             pid,
         });
         self.ct = Some(ct);
@@ -618,7 +619,6 @@ impl Actor {
 
     fn exited(&mut self, exec_id: &str, exit: Exit, oom_kills: u64) {
         self.oom(oom_kills);
-        let id = if exec_id == INIT { self.id.clone() } else { exec_id.to_owned() };
         let Ok(process) = self.process(exec_id) else { return };
         if process.phase.is_alive() {
             let _ = process.phase.advance(Phase::Stopped);
@@ -631,7 +631,7 @@ impl Actor {
         }
         self.event(Event::Exit {
             container_id: self.id.clone(),
-            id,
+            id: exec_id.to_owned(),
             pid,
             exit_status: exit.status.0,
             exited_at: exit.at,
@@ -657,6 +657,7 @@ impl Actor {
             .unwrap_or_else(killed);
         self.event(Event::Delete {
             container_id: self.id.clone(),
+            id: INIT.to_owned(),
             pid: ended.pid,
             exit_status: ended.exit.status.0,
             exited_at: ended.exit.at,
@@ -751,10 +752,9 @@ async fn run_exec(
     let entry =
         exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds()? };
     let spawned = exec::spawn(&env.init, &setup, entry).await?;
-    let terminal = if setup.process.terminal.is_some() { spawned.ready().await.map(Some) } else { Ok(None) };
-    let executed = match terminal {
+    let executed = match spawned.ready().await {
         Ok(master) => {
-            if let Some(master) = master.flatten() {
+            if let Some(master) = master {
                 stdio.attach_terminal(master)?;
             }
             spawned.executed().await
@@ -788,10 +788,10 @@ async fn update(ct: &RunningCt, resources: Resources) -> Result<()> {
 }
 
 async fn delete_ct(ct: &RunningCt) -> Result<()> {
-    teardown::teardown(&ct.pve, &ct.dir, &ct.record()).await?;
+    teardown::teardown(&ct.pve, &ct.dir, &ct.record, Some(&ct.identity)).await?;
     // Whoever set a network up must get to take it down; a failure must not keep the task.
     if let Err(error) =
-        hooks::run("poststop", &ct.plan.hooks.poststop, &ct.state_without_pid("stopped")).await
+        hooks::run("poststop", &ct.plan.hooks.poststop, &ct.stopped_state()).await
     {
         log::warn!("{error}");
     }

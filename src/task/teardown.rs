@@ -2,21 +2,25 @@
 //! code serves a `Delete`, a failed `Create`, and a `delete` after a crash.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::libc;
 use tokio::time::Instant;
 
-use crate::config::Config;
-use crate::ledger::{Record, RunDir};
-use crate::lxc::{cgroup, exit, rootfs};
-use crate::pve::{self, Identity, Vmid};
+use crate::config::{Config, Vmid};
+use crate::ledger::{CtRecord, ProcessId, Record, RunDir};
+use crate::lxc::exit::{self, Exit};
+use crate::lxc::{cgroup, rootfs};
+use crate::pve::{self, Identity};
 use crate::sys::{self, pidfd};
+use crate::sys::pidfd::ExitStatus;
+use crate::task::blocking;
 use crate::task::error::{Error, Result};
 
 /// How long a killed CT may take until lxc-start has ended.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
+/// The stop hook needs a few milliseconds; containerd gives a `delete` 5 s in all.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes the CT, the rootfs's mount and the run directory.
 ///
@@ -27,33 +31,34 @@ const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
 /// # Errors
 /// The first step that failed; the run directory is kept then.
 pub async fn teardown(
-    config: &Config,
     pve: &pve::Client,
     dir: &RunDir,
     record: &Record,
     identity: Option<&Identity>,
 ) -> Result<()> {
     if let (Some(ct), Some(identity)) = (&record.ct, identity) {
-        let vmid = Vmid::from(ct.vmid);
+        let vmid = vmid(ct)?;
         kill(record).await?;
         if record.init.is_none() {
-            // The start may still be under way, or was cut off; only Proxmox knows.
+            // The start may be under way, or was cut off: only Proxmox knows.
             pve.stop_ours(vmid, identity).await?;
         }
         pve.destroy_ours(vmid, identity).await?;
-        let paths = dir.cgroups()?;
-        blocking(move || Ok(cgroup::remove_stale(ct_cgroups(vmid, &paths).as_slice())?)).await?;
+        let cgroups = record.cgroups.clone();
+        blocking(move || Ok(cgroup::remove_stale(&cgroups)?)).await?;
     }
-    let mounted: PathBuf = record.rootfs.clone();
-    blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
-    let _ = config;
-    dir.remove()?;
-    Ok(())
+    let (dir, mounted) = (dir.clone(), record.rootfs.clone());
+    blocking(move || {
+        rootfs::unmount(&mounted)?;
+        Ok(dir.remove()?)
+    })
+    .await
 }
 
-/// Kills PID 1 if it still is the recorded process, and waits until lxc-start has ended.
+/// Kills PID 1 if it still is the recorded process, and waits until lxc-start has ended: until
+/// then Proxmox counts the CT as running, and the stop hook has not written the status.
 async fn kill(record: &Record) -> Result<()> {
-    if let Some(init) = record.init.and_then(crate::ledger::ProcessId::open) {
+    if let Some(init) = record.init.and_then(ProcessId::open) {
         match pidfd::send_signal(init.as_fd(), libc::SIGKILL) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
                 return Err(Error::Io { action: "kill the CT's init", source: error });
@@ -61,17 +66,86 @@ async fn kill(record: &Record) -> Result<()> {
             _ => {}
         }
     }
-    if let Some(monitor) = record.monitor.and_then(crate::ledger::ProcessId::open) {
-        wait(monitor, MONITOR_TIMEOUT).await?;
+    match record.monitor.and_then(ProcessId::open) {
+        Some(monitor) => wait(monitor).await,
+        None => Ok(()),
     }
+}
+
+async fn wait(process: OwnedFd) -> Result<()> {
+    let watched =
+        sys::watch(process).map_err(|source| Error::Io { action: "watch lxc-start", source })?;
+    // Past the deadline Proxmox is asked all the same: it refuses to destroy a running CT, and its
+    // error tells more.
+    let _ = tokio::time::timeout_at(Instant::now() + MONITOR_TIMEOUT, exit::ended(&watched)).await;
     Ok(())
 }
 
-async fn wait(process: OwnedFd, bound: Duration) -> Result<()> {
-    let watched = sys::watch(process)
-        .map_err(|source| Error::Io { action: "watch lxc-start", source })?;
-    match tokio::time::timeout_at(Instant::now() + bound, exit::ended(&watched)).await {
-        // Proxmox refuses to destroy a running CT, so going on is safe and gives a better error.
-        Ok(_) | Err(_) => Ok(()),
+fn vmid(ct: &CtRecord) -> Result<Vmid> {
+    Vmid::new(ct.vmid).ok_or_else(|| Error::Argument {
+        field: "state.json",
+        reason: format!("{} is not a VMID", ct.vmid),
+    })
+}
+
+/// What `delete` found out about a container whose shim is gone.
+#[derive(Debug)]
+pub struct Reclaimed {
+    pub pid: u32,
+    pub exit: Exit,
+    /// How the cleaning up went. The status is known whether or not Proxmox answers.
+    pub cleanup: Result<()>,
+}
+
+/// Ends and removes a container in a fresh process after its shim has died (or was never there).
+///
+/// # Errors
+/// The ledger can't be read: nothing is touched then.
+pub async fn reclaim(config: &Config, namespace: &str, id: &str) -> Result<Reclaimed> {
+    let dir = RunDir::new(&config.paths.run_dir, namespace, id);
+    let killed = Exit {
+        status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()),
+        at: SystemTime::now(),
+    };
+    let Some(record) = dir.load()? else {
+        return Ok(Reclaimed { pid: 0, exit: killed, cleanup: dir.remove().map_err(Error::from) });
+    };
+    let pid = record.init.map_or(0, |init| init.pid.unsigned_abs());
+    let cleanup = kill(&record).await;
+    let exit = recorded(&dir, record.init.is_some()).await.unwrap_or(killed);
+    let identity = record.ct.as_ref().map(|ct| Identity::of_record(ct, namespace, id));
+    let cleanup = match cleanup {
+        Ok(()) => {
+            async {
+                let pve = pve::Client::new(config)?;
+                teardown(&pve, &dir, &record, identity.as_ref()).await
+            }
+            .await
+        }
+        failed => failed,
+    };
+    Ok(Reclaimed { pid, exit, cleanup })
+}
+
+/// The status that the stop hook wrote, which it does while lxc-start ends.
+async fn recorded(dir: &RunDir, ran: bool) -> Option<Exit> {
+    let deadline = Instant::now() + RECORD_TIMEOUT;
+    loop {
+        match exit::read_record(&dir.exit()) {
+            Ok(Some(record)) => {
+                return Some(Exit {
+                    status: ExitStatus(record.status),
+                    at: exit::record_time(&record),
+                });
+            }
+            Ok(None) if ran && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok(None) => return None,
+            Err(error) => {
+                log::error!("{error}");
+                return None;
+            }
+        }
     }
 }

@@ -182,10 +182,12 @@ impl RunDir {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     version: u32,
-    /// Where the rootfs is mounted.
-    pub rootfs: PathBuf,
+    /// containerd's directory of the container; its rootfs is mounted below.
+    pub bundle: PathBuf,
     /// Set just before the CT is created.
     pub ct: Option<CtRecord>,
+    /// The bundle has OCI hooks and they may have begun to run, so those of poststop must.
+    pub hooks_ran: bool,
     /// PID 1, once it has connected.
     pub init: Option<ProcessId>,
     /// lxc-start, once init has connected.
@@ -204,9 +206,15 @@ pub struct CtRecord {
 }
 
 impl Record {
+    /// Where the rootfs is mounted.
     #[must_use]
-    pub fn new(rootfs: PathBuf) -> Self {
-        Self { version: VERSION, rootfs, ct: None, init: None, monitor: None, cgroups: Vec::new() }
+    pub fn rootfs(&self) -> PathBuf {
+        self.bundle.join("rootfs")
+    }
+
+    #[must_use]
+    pub fn new(bundle: PathBuf) -> Self {
+        Self { version: VERSION, bundle, ct: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
     }
 }
 
@@ -281,7 +289,7 @@ mod tests {
         let (_root, dir) = dir();
         dir.create().unwrap();
         assert_eq!(dir.load().unwrap(), None);
-        let mut record = Record::new("/b/rootfs".into());
+        let mut record = Record::new("/b".into());
         record.ct = Some(CtRecord {
             vmid: 90001,
             install_id: "i".into(),

@@ -406,7 +406,7 @@ impl Actor {
     }
 
     fn update(&mut self, resources: &[u8], reply: Reply<()>) {
-        let begin = self.live().and_then(|ct| Ok((ct, oci::resources(resources)?)));
+        let begin = self.live().and_then(|ct| Ok((ct, oci::resources(resources, &ct.host)?)));
         match begin {
             Err(error) => answer(reply, Err(error)),
             Ok((ct, resources)) => self.job(async move {
@@ -434,7 +434,11 @@ impl Actor {
         let Some(ct) = self.ct.clone() else {
             return answer(reply, Err(self.precondition("has no CT")));
         };
-        self.job(async move { Done::Deleted { result: delete_ct(&ct).await, reply } });
+        self.job(async move {
+            let identity = Some(&ct.identity);
+            let result = teardown::teardown(&ct.pve, &ct.dir, &ct.record, &ct.id, identity).await;
+            Done::Deleted { result, reply }
+        });
     }
 
     fn delete_exec(&mut self, exec_id: &str) -> Result<Ended> {
@@ -784,16 +788,5 @@ async fn run_exec(
 async fn update(ct: &RunningCt, resources: Resources) -> Result<()> {
     ct.show_limits(&resources).await?;
     let cgroup = ct.cgroup.clone();
-    blocking(move || Ok(cgroup.apply(&resources)?)).await
-}
-
-async fn delete_ct(ct: &RunningCt) -> Result<()> {
-    teardown::teardown(&ct.pve, &ct.dir, &ct.record, Some(&ct.identity)).await?;
-    // Whoever set a network up must get to take it down; a failure must not keep the task.
-    if let Err(error) =
-        hooks::run("poststop", &ct.plan.hooks.poststop, &ct.stopped_state()).await
-    {
-        log::warn!("{error}");
-    }
-    Ok(())
+    blocking(move || Ok(cgroup.apply(&resources, false)?)).await
 }

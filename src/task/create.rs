@@ -17,7 +17,7 @@ use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
-use crate::oci::plan::{Limit, Namespace, Plan, PlannedMount, Resources};
+use crate::oci::plan::{Hooks, Limit, Namespace, Plan, PlannedMount, Resources};
 use crate::oci::{self, Host};
 use crate::pve::conf::CtDescription;
 use crate::pve::{self, Identity, Upid, Vmid};
@@ -89,7 +89,7 @@ pub async fn create(
         blocking(move || Ok(dir.create()?)).await?;
     }
     let mut building = Building {
-        record: Record::new(request.bundle.join("rootfs")),
+        record: Record::new(request.bundle.clone()),
         identity: None,
         dir,
         env,
@@ -103,6 +103,7 @@ pub async fn create(
                 &building.request.pve,
                 &building.dir,
                 &building.record,
+                &building.request.id,
                 building.identity.as_ref(),
             )
             .await;
@@ -124,13 +125,13 @@ struct Building {
 impl Building {
     async fn build(&mut self) -> Result<Created> {
         let request = self.request.clone();
-        let (bundle, host) = (request.bundle.clone(), self.env.host.clone());
-        let plan = blocking(move || Ok(oci::load(&bundle, &host)?)).await?;
+        let bundle = request.bundle.clone();
+        let plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
         for warning in &plan.warnings {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
         self.save().await?;
-        let (mounts, target) = (request.rootfs.clone(), self.record.rootfs.clone());
+        let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, "", &request.bundle);
         blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
         let stdio = Stdio::open(request.stdio.clone(), stdio_context).await?;
@@ -143,6 +144,7 @@ impl Building {
         let connected = self.start(vmid, listener).await?;
 
         let pid = connected.pid;
+        self.record.hooks_ran = plan.hooks != Hooks::default();
         self.record.init = Some(ProcessId::of(pid)?);
         self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
         self.save().await?;
@@ -153,7 +155,7 @@ impl Building {
                 if let Some(memory) = cgroup.memory_dir() {
                     dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;
                 }
-                cgroup.create_limits(&resources)?;
+                cgroup.apply(&resources, true)?;
                 Ok((cgroup, foreign_namespaces(pid)?))
             })
             .await?
@@ -238,11 +240,11 @@ impl Building {
         };
         let text = lxc::config::render(plan, &layout, &self.env.host)?;
         let dir = self.dir.clone();
-        let paths = lxc::config::cgroup_paths(plan, vmid.get());
+        let cgroups = self.record.cgroups.clone();
         blocking(move || {
             dir.write(&dir.lxc_conf(), text.as_bytes())?;
             // Proxmox's pre-start hook would do it, but the include clears that hook.
-            Ok(cgroup::remove_stale(&paths)?)
+            Ok(cgroup::remove_stale(&cgroups)?)
         })
         .await
     }
@@ -324,12 +326,6 @@ impl RunningCt {
         }
     }
 
-    /// The OCI state of a container without a process.
-    #[must_use]
-    pub fn stopped_state(&self) -> hooks::State<'_> {
-        hooks::State { pid: None, ..self.state("stopped") }
-    }
-
     /// Whether a process of the container may call `reboot(2)`, which the kernel's exit status
     /// hides.
     #[must_use]
@@ -369,7 +365,7 @@ impl RunningCt {
     /// Waits for the next OOM kill and returns how many there were; `None` if there can't be one.
     pub async fn next_oom(&self) -> Option<u64> {
         let mut watch = self.oom.lock().await;
-        watch.as_mut()?.next().await.ok()
+        watch.as_mut()?.next().await
     }
 
     /// Shows changed limits in Proxmox's configuration.

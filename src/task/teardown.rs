@@ -2,6 +2,7 @@
 //! code serves a `Delete`, a failed `Create`, and a `delete` after a crash.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use nix::libc;
@@ -11,18 +12,19 @@ use crate::config::{Config, Vmid};
 use crate::ledger::{CtRecord, ProcessId, Record, RunDir};
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
+use crate::oci;
 use crate::pve::{self, Identity};
-use crate::sys::{self, pidfd};
 use crate::sys::pidfd::ExitStatus;
-use crate::task::blocking;
-use crate::task::error::{Error, Result};
+use crate::sys::{self, pidfd};
+use crate::task::error::{Error, Result, sentence};
+use crate::task::{blocking, hooks};
 
 /// How long a killed CT may take until lxc-start has ended.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
 /// The stop hook needs a few milliseconds; containerd gives a `delete` 5 s in all.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Removes the CT, the rootfs's mount and the run directory.
+/// Removes the CT, the rootfs's mount and the run directory; runs the poststop hooks.
 ///
 /// The order matters: nothing of the CT may run any more when its rootfs goes, and the run
 /// directory, which remembers what exists, goes last. Each step succeeds if there is nothing to
@@ -34,6 +36,7 @@ pub async fn teardown(
     pve: &pve::Client,
     dir: &RunDir,
     record: &Record,
+    id: &str,
     identity: Option<&Identity>,
 ) -> Result<()> {
     if let (Some(ct), Some(identity)) = (&record.ct, identity) {
@@ -47,12 +50,33 @@ pub async fn teardown(
         let cgroups = record.cgroups.clone();
         blocking(move || Ok(cgroup::remove_stale(&cgroups)?)).await?;
     }
-    let (dir, mounted) = (dir.clone(), record.rootfs.clone());
-    blocking(move || {
-        rootfs::unmount(&mounted)?;
-        Ok(dir.remove()?)
-    })
-    .await
+    let mounted = record.rootfs();
+    blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
+    if record.hooks_ran {
+        poststop(id, &record.bundle).await;
+    }
+    let dir = dir.clone();
+    blocking(move || Ok(dir.remove()?)).await
+}
+
+/// Whoever set a network up must get to take it down. A hook that fails does not keep the task.
+async fn poststop(id: &str, bundle: &Path) {
+    let path = bundle.to_owned();
+    let run = async {
+        let plan = blocking(move || Ok(oci::load(&path)?)).await?;
+        let state = hooks::State {
+            oci_version: &plan.oci_version,
+            id,
+            status: "stopped",
+            pid: None,
+            bundle,
+            annotations: &plan.annotations,
+        };
+        Ok::<_, Error>(hooks::run("poststop", &plan.hooks.poststop, &state).await?)
+    };
+    if let Err(error) = run.await {
+        log::warn!(container = id; "{}", sentence(&error));
+    }
 }
 
 /// Kills PID 1 if it still is the recorded process, and waits until lxc-start has ended: until
@@ -118,7 +142,7 @@ pub async fn reclaim(config: &Config, namespace: &str, id: &str) -> Result<Recla
         Ok(()) => {
             async {
                 let pve = pve::Client::new(config)?;
-                teardown(&pve, &dir, &record, identity.as_ref()).await
+                teardown(&pve, &dir, &record, id, identity.as_ref()).await
             }
             .await
         }

@@ -92,7 +92,8 @@ pub(super) fn bind(path: &Path) -> Result<Bound, Error> {
     }
     match UnixStream::connect(path) {
         Ok(_) => Ok(Bound::Served),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+        // So is a connection to a file that is no socket at all.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
             fs::remove_file(path).map_err(failed("remove the dead socket", path))?;
             listen(path).map(Bound::Fresh).map_err(failed("listen on", path))
         }
@@ -121,8 +122,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 /// Removes the socket if nobody serves it: that of a shim that died.
 pub(super) fn remove_dead(path: &Path) {
     let Some(dir) = path.parent() else { return };
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if !is_socket {
+    if !is_socket(path) {
         return;
     }
     // Under the lock of `bind`, so that it cannot be one that was bound a moment ago.
@@ -132,6 +132,10 @@ pub(super) fn remove_dead(path: &Path) {
     if refused {
         let _ = fs::remove_file(path);
     }
+}
+
+fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
 }
 
 /// A socket file that its server removes at its end, unless it was replaced meanwhile.
@@ -214,6 +218,7 @@ mod tests {
         let path = dir.path().join("file");
         fs::write(&path, "precious").unwrap();
         remove_dead(&path);
+        assert!(bind(&path).is_err());
         assert!(path.exists());
     }
 

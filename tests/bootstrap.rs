@@ -396,10 +396,10 @@ fn after_a_crash_delete_answers_and_a_new_start_replaces_the_dead_socket() {
 #[test]
 fn a_server_whose_address_containerd_never_got_ends() {
     let host = Host::new();
-    let (closed, pipe) = std::io::pipe().unwrap();
+    let (closed, pipe) = std::os::unix::net::UnixStream::pair().unwrap();
     drop(closed);
     let mut command = host.action("c1", &["start"]);
-    let mut child = command.stdout(pipe).spawn().unwrap();
+    let mut child = command.stdout(std::os::fd::OwnedFd::from(pipe)).spawn().unwrap();
     drop(command);
     child.stdin.take().unwrap().write_all(&host.legacy_input()).unwrap();
     let output = child.wait_with_output().unwrap();

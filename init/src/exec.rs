@@ -19,11 +19,11 @@ pub fn run() -> ExitCode {
     // Before anything of the CT can look at this process: neither its memory nor its descriptors
     // nor its executable are the container's business.
     let socket = sys::set_not_dumpable()
-        .and_then(|()| sys::close_from(EXEC_SOCKET_FD + 1))
+        .and_then(|()| sys::close_from(3))
         .and_then(|()| sys::adopt(EXEC_SOCKET_FD));
     let Ok(socket) = socket else {
         let _ = std::io::stderr().write_all(
-            b"proxmox-shim-init: exec is started by the shim, with a socket as descriptor 3\n",
+            b"proxmox-shim-init: exec is started by the shim, with a socket as stdin\n",
         );
         return ExitCode::FAILURE;
     };

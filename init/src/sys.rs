@@ -99,13 +99,13 @@ pub fn cloexec_all() -> io::Result<()> {
     .map(drop)
 }
 
-/// Takes over a descriptor that the parent process left for this one, and sets close-on-exec.
-/// Fails with `EBADF` if it is not open.
+/// A descriptor that the parent process left for this one, with a number above stdio's, so that
+/// the workload's stdio can take its place, and close-on-exec. Fails with `EBADF` if it is not open.
 pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: F_SETFD takes a number.
-    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
-    // SAFETY: it is open, and called once, before anything else opens descriptors.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    // SAFETY: F_DUPFD_CLOEXEC takes a number.
+    let copy = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 /// `dup2(2)` to 0, 1 or 2.

@@ -272,7 +272,7 @@ fn any<M: MessageFull>(message: &M) -> Any {
     any
 }
 
-fn timestamp(time: SystemTime) -> Timestamp {
+pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut timestamp = Timestamp::new();
     timestamp.seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);

@@ -184,25 +184,16 @@ pub struct Record {
     version: u32,
     /// containerd's directory of the container; its rootfs is mounted below.
     pub bundle: PathBuf,
-    /// Set just before the CT is created.
-    pub ct: Option<CtRecord>,
+    /// The marker by which the CT is ours (`pve::identity`); set just before the CT is created.
+    pub identity: Option<String>,
     /// The bundle has OCI hooks and they may have begun to run, so those of poststop must.
     pub hooks_ran: bool,
     /// PID 1, once it has connected.
     pub init: Option<ProcessId>,
     /// lxc-start, once init has connected.
     pub monitor: Option<ProcessId>,
-    /// The CT's cgroups, relative to each hierarchy's root; set together with `ct`.
+    /// The CT's cgroups, relative to each hierarchy's root; set together with `identity`.
     pub cgroups: Vec<String>,
-}
-
-/// A CT and how to recognise it as ours.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CtRecord {
-    pub vmid: u32,
-    pub install_id: String,
-    pub nonce: String,
-    pub boot_id: String,
 }
 
 impl Record {
@@ -214,7 +205,7 @@ impl Record {
 
     #[must_use]
     pub fn new(bundle: PathBuf) -> Self {
-        Self { version: VERSION, bundle, ct: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
+        Self { version: VERSION, bundle, identity: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
     }
 }
 
@@ -290,12 +281,7 @@ mod tests {
         dir.create().unwrap();
         assert_eq!(dir.load().unwrap(), None);
         let mut record = Record::new("/b".into());
-        record.ct = Some(CtRecord {
-            vmid: 90001,
-            install_id: "i".into(),
-            nonce: "n".into(),
-            boot_id: "b".into(),
-        });
+        record.identity = Some("marker".into());
         dir.save(&record).unwrap();
         assert_eq!(dir.load().unwrap(), Some(record));
         assert!(matches!(dir.create(), Err(Error::Exists { .. })));

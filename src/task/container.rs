@@ -23,8 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::events::Event;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{exec, init};
-use crate::oci;
-use crate::oci::plan::Resources;
+use crate::oci::{self, plan::Resources};
 use crate::sys::pidfd::{self, ExitStatus};
 use crate::sys;
 use crate::task::blocking;
@@ -49,7 +48,7 @@ pub enum Command {
     Exec { exec_id: String, stdio: StdioRequest, spec: Vec<u8>, reply: Reply<()> },
     Kill { exec_id: String, signal: i32, all: bool, reply: Reply<()> },
     CloseIo { exec_id: String, reply: Reply<()> },
-    Resize { exec_id: String, width: u16, height: u16, reply: Reply<()> },
+    Resize { exec_id: String, width: u32, height: u32, reply: Reply<()> },
     Pause { reply: Reply<()> },
     Resume { reply: Reply<()> },
     Update { resources: Vec<u8>, reply: Reply<()> },
@@ -115,7 +114,7 @@ struct Process {
     pid: u32,
     /// Once it exists.
     pidfd: Option<Arc<AsyncFd<OwnedFd>>>,
-    stdio: Option<Arc<Stdio>>,
+    stdio: Option<Stdio>,
     /// The init process before its start.
     session: Option<init::Session>,
     /// An exec before its start.
@@ -128,7 +127,8 @@ enum Done {
     Created { result: Result<Box<create::Created>>, reply: Reply<u32> },
     Started { result: Result<()>, reply: Reply<u32> },
     ExecStarted { exec_id: String, result: Result<StartedExec>, reply: Reply<u32> },
-    Exited { exec_id: String, exit: Exit, oom_kills: u64 },
+    Ended { exec_id: String, exit: Exit, oom_kills: u64 },
+    Drained { exec_id: String, exit: Exit },
     Oom { kills: u64 },
     OomWatchEnded,
     Paused { result: Result<()>, freeze: bool, reply: Reply<()> },
@@ -141,7 +141,7 @@ enum Done {
 struct StartedExec {
     pid: u32,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    stdio: Arc<Stdio>,
+    stdio: Stdio,
 }
 
 struct Actor {
@@ -296,7 +296,11 @@ impl Actor {
         if self.processes.contains_key(&exec_id) {
             return Err(Error::Exists { what: "exec", id: exec_id });
         }
-        let program = oci::exec_process(spec, &ct.plan.process, &ct.host)?;
+        let oci::Exec { process: program, warnings } =
+            oci::exec_process(spec, &ct.plan.process, &ct.host)?;
+        for warning in warnings {
+            log::warn!(container = self.id.as_str(), exec = exec_id.as_str(); "{warning}");
+        }
         let mut process = Process::new(Phase::Created, stdio);
         process.program = Some(program);
         self.processes.insert(exec_id.clone(), process);
@@ -367,18 +371,18 @@ impl Actor {
     }
 
     fn close_io(&mut self, exec_id: &str) -> Result<()> {
-        if let Some(stdio) = &self.process(exec_id)?.stdio {
+        if let Some(stdio) = &mut self.process(exec_id)?.stdio {
             stdio.close_stdin();
         }
         Ok(())
     }
 
-    fn resize(&mut self, exec_id: &str, width: u16, height: u16) -> Result<()> {
+    fn resize(&mut self, exec_id: &str, width: u32, height: u32) -> Result<()> {
         let process = self.process(exec_id)?;
         if !process.phase.is_alive() {
             return Err(Error::Finished);
         }
-        match &process.stdio {
+        match &mut process.stdio {
             Some(stdio) => Ok(stdio.resize(width, height)?),
             None => Err(self.precondition("has no terminal there yet")),
         }
@@ -406,7 +410,7 @@ impl Actor {
     }
 
     fn update(&mut self, resources: &[u8], reply: Reply<()>) {
-        let begin = self.live().and_then(|ct| Ok((ct, oci::resources(resources, &ct.host)?)));
+        let begin = self.live().and_then(|ct| Ok((ct, oci::update(resources, &ct.host)?)));
         match begin {
             Err(error) => answer(reply, Err(error)),
             Ok((ct, resources)) => self.job(async move {
@@ -435,8 +439,8 @@ impl Actor {
             return answer(reply, Err(self.precondition("has no CT")));
         };
         self.job(async move {
-            let identity = Some(&ct.identity);
-            let result = teardown::teardown(&ct.pve, &ct.dir, &ct.record, &ct.id, identity).await;
+            let limit = ct.config.proxmox.task_timeout;
+            let result = teardown::teardown(&ct.pve, &ct.dir, &ct.record, &ct.id, limit).await;
             Done::Deleted { result, reply }
         });
     }
@@ -481,7 +485,11 @@ impl Actor {
                 self.publish_view();
                 answer(reply, result);
             }
-            Done::Exited { exec_id, exit, oom_kills } => self.exited(&exec_id, exit, oom_kills),
+            Done::Ended { exec_id, exit, oom_kills } => {
+                self.oom(oom_kills);
+                self.drain(exec_id, exit);
+            }
+            Done::Drained { exec_id, exit } => self.exited(&exec_id, exit),
             Done::Oom { kills } => {
                 self.oom(kills);
                 self.watch_oom();
@@ -513,7 +521,7 @@ impl Actor {
         if let Some(process) = self.processes.get_mut(INIT) {
             process.pid = pid;
             process.pidfd = Some(ct.pidfd.clone());
-            process.stdio = Some(Arc::new(stdio));
+            process.stdio = Some(stdio);
             process.session = Some(session);
             // The only move out of Creating besides failure, which did not happen.
             let _ = process.phase.advance(Phase::Created);
@@ -539,11 +547,7 @@ impl Actor {
     }
 
     fn watch_init(&mut self) {
-        let (Some(ct), Some(stdio)) =
-            (self.ct.clone(), self.processes.get(INIT).and_then(|p| p.stdio.clone()))
-        else {
-            return;
-        };
+        let Some(ct) = self.ct.clone() else { return };
         self.job(async move {
             let result = exit::of_init(&ct.pidfd, &ct.dir.exit(), ct.may_reboot()).await;
             let oom_kills = ct.oom_kills_at_exit(result.as_ref().ok()).await;
@@ -558,8 +562,7 @@ impl Actor {
                 log::error!("the exit status of CT {} is lost: {error}", ct.vmid);
                 Exit { status: ExitStatus(255), at: SystemTime::now() }
             });
-            stdio.drain(DRAIN_TIMEOUT).await;
-            Done::Exited { exec_id: INIT.to_owned(), exit, oom_kills }
+            Done::Ended { exec_id: INIT.to_owned(), exit, oom_kills }
         });
     }
 
@@ -589,11 +592,10 @@ impl Actor {
             }
         };
         let StartedExec { pid, pidfd, stdio } = started;
-        if let Ok(process) = self.process(exec_id) {
-            process.pid = pid;
-            process.pidfd = Some(pidfd.clone());
-            process.stdio = Some(stdio.clone());
-        }
+        let process = self.process(exec_id)?;
+        process.pid = pid;
+        process.pidfd = Some(pidfd.clone());
+        process.stdio = Some(stdio);
         self.advance(exec_id, Phase::Running)?;
         self.event(Event::ExecStarted {
             container_id: self.id.clone(),
@@ -606,8 +608,7 @@ impl Actor {
                 log::error!("the exit status of an exec is lost: {error}");
                 Exit { status: ExitStatus(255), at: SystemTime::now() }
             });
-            stdio.drain(DRAIN_TIMEOUT).await;
-            Done::Exited { exec_id, exit, oom_kills: 0 }
+            Done::Ended { exec_id, exit, oom_kills: 0 }
         });
         Ok(pid)
     }
@@ -621,15 +622,26 @@ impl Actor {
         }
     }
 
-    fn exited(&mut self, exec_id: &str, exit: Exit, oom_kills: u64) {
-        self.oom(oom_kills);
+    /// Nobody may learn of the end before all output has been delivered.
+    fn drain(&mut self, exec_id: String, exit: Exit) {
+        let Ok(process) = self.process(&exec_id) else { return };
+        let drained = process.stdio.as_mut().map(|stdio| stdio.drain(DRAIN_TIMEOUT));
+        self.job(async move {
+            if let Some(drained) = drained {
+                drained.await;
+            }
+            Done::Drained { exec_id, exit }
+        });
+    }
+
+    fn exited(&mut self, exec_id: &str, exit: Exit) {
         let Ok(process) = self.process(exec_id) else { return };
         if process.phase.is_alive() {
             let _ = process.phase.advance(Phase::Stopped);
         }
         process.exit = Some(exit);
         let pid = process.pid;
-        let stdio = process.stdio.clone();
+        let stdio = process.stdio.take();
         if exec_id == INIT {
             self.paused = false;
         }
@@ -640,9 +652,8 @@ impl Actor {
             exit_status: exit.status.0,
             exited_at: exit.at,
         });
-        if let Some(stdio) = stdio {
-            stdio.finish();
-        }
+        // Only now do readers see the end of the output.
+        drop(stdio);
         self.publish_view();
     }
 
@@ -744,7 +755,8 @@ async fn run_exec(
     request: StdioRequest,
     program: Program,
 ) -> Result<StartedExec> {
-    let stdio = Stdio::open(request, env.stdio_context(id, exec_id, &ct.bundle)).await?;
+    let context = env.stdio_context(id, Some(exec_id), &ct.bundle);
+    let mut stdio = Stdio::open(&request, &context).await?;
     let (cgroup, files, init) = {
         let (cgroup, pid) = (ct.cgroup.clone(), ct.pid);
         let init = ct.pidfd.get_ref().try_clone();
@@ -754,7 +766,7 @@ async fn run_exec(
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
     let entry =
-        exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds()? };
+        exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
     let spawned = exec::spawn(&env.init, &setup, entry).await?;
     let executed = match spawned.ready().await {
         Ok(master) => {
@@ -772,13 +784,12 @@ async fn run_exec(
         Ok((pid, pidfd)) => Ok(StartedExec {
             pid: pid.unsigned_abs(),
             pidfd: Arc::new(watch(pidfd)?),
-            stdio: Arc::new(stdio),
+            stdio,
         }),
         Err((error, pidfd)) => {
             // It ends by itself and is our child.
             let pidfd = watch(pidfd)?;
             let _ = tokio::time::timeout(DRAIN_TIMEOUT, exit::of_child(&pidfd)).await;
-            stdio.finish();
             Err(error.into())
         }
     }

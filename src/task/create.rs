@@ -1,8 +1,8 @@
 //! Makes a container: from containerd's request to an init that waits for its start.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::libc;
@@ -10,27 +10,25 @@ use proxmox_shim_init::protocol::{ContainerSetup, MountSource, VERSION};
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
-use crate::events;
-use crate::ledger::{CtRecord, ProcessId, Record, RunDir, Stat};
+use crate::config::{Config, Vmid};
+use crate::ledger::{ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
+use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
-use crate::oci::plan::{Hooks, Limit, Namespace, Plan, PlannedMount, Resources};
+use crate::oci::plan::{Hooks, Namespace, Plan, PlannedMount, Resources};
 use crate::oci::{self, Host};
-use crate::pve::conf::CtDescription;
-use crate::pve::{self, Identity, Upid, Vmid};
+use crate::pve::conf::ClaimError;
+use crate::pve::identity::{self, Id128, Identity};
+use crate::pve::{self, Upid};
 use crate::sys;
 use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
-use crate::task::{Environment, blocking, hooks, teardown};
+use crate::task::{Environment, blocking, describe, hooks, teardown};
 
 /// The stop hook's record is waited for no longer when only the OOM count is of interest.
 const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
-const MIB: u64 = 1 << 20;
-/// Proxmox's smallest memory limit, in MiB.
-const MEMORY_MIN: u64 = 16;
 
 /// containerd's request, in the words of this project.
 #[derive(Debug, Clone)]
@@ -90,7 +88,6 @@ pub async fn create(
     }
     let mut building = Building {
         record: Record::new(request.bundle.clone()),
-        identity: None,
         dir,
         env,
         request,
@@ -104,7 +101,7 @@ pub async fn create(
                 &building.dir,
                 &building.record,
                 &building.request.id,
-                building.identity.as_ref(),
+                building.request.config.proxmox.task_timeout,
             )
             .await;
             Err(error.and_cleanup(cleanup))
@@ -119,7 +116,6 @@ struct Building {
     cancel: CancellationToken,
     dir: RunDir,
     record: Record,
-    identity: Option<Identity>,
 }
 
 impl Building {
@@ -132,14 +128,15 @@ impl Building {
         }
         self.save().await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
-        let stdio_context = self.env.stdio_context(&request.id, "", &request.bundle);
+        let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
         blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
-        let stdio = Stdio::open(request.stdio.clone(), stdio_context).await?;
+        let mut stdio = Stdio::open(&request.stdio, &stdio_context).await?;
         let binds = plan.mounts.clone();
         let mounts = blocking(move || open_binds(&binds)).await?;
         let listener = init::Listener::bind(&self.dir.ctl())?;
 
-        let vmid = self.claim(&plan).await?;
+        let identity = self.claim(&plan).await?;
+        let vmid = identity.vmid;
         self.prepare(vmid, &plan).await?;
         let connected = self.start(vmid, listener).await?;
 
@@ -167,12 +164,12 @@ impl Building {
             bundle: request.bundle.clone(),
             dir: self.dir.clone(),
             record: self.record.clone(),
-            identity: self.identity.clone().ok_or(Error::ShuttingDown)?,
+            identity,
             pve: request.pve.clone(),
             config: request.config.clone(),
             host: self.env.host.clone(),
             pid,
-            pidfd: Arc::new(watch(connected.pidfd)?),
+            pidfd: Arc::new(sys::watch(connected.pidfd).map_err(|source| Error::Io { action: "watch the CT's init", source })?),
             cgroup: Arc::new(cgroup),
             exec_namespaces: namespaces,
             oom: tokio::sync::Mutex::new(oom),
@@ -181,7 +178,7 @@ impl Building {
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
         let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
         let terminal = self
-            .or_given_up(connected.session.set_up(&setup, stdio.child_fds()?, mounts))
+            .or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts))
             .await??;
         if let Some(master) = terminal {
             stdio.attach_terminal(master)?;
@@ -204,31 +201,42 @@ impl Building {
 impl Building {
     /// Takes a VMID by creating its configuration file. The record is written before each try, so
     /// that a crash in between leaves no CT that nobody remembers.
-    async fn claim(&mut self, plan: &Plan) -> Result<Vmid> {
+    async fn claim(&mut self, plan: &Plan) -> Result<Identity> {
         let config = self.request.config.clone();
-        let identity = {
-            let (config, namespace, id) =
-                (config.clone(), self.env.namespace.clone(), self.request.id.clone());
-            blocking(move || Ok(Identity::new(&config.paths.state_dir, &namespace, &id)?)).await?
-        };
-        self.identity = Some(identity.clone());
-        let description = description(&config, &self.request.id, plan, &identity, &self.dir)?;
-        let (dir, mut record) = (self.dir.clone(), self.record.clone());
-        let (vmid, record) = blocking(move || {
-            let vmid = pve::conf::claim_next(&config, &description, |vmid| {
-                record.ct = Some(CtRecord {
-                    vmid: vmid.get(),
-                    install_id: identity.install_id.clone(),
-                    nonce: identity.nonce.clone(),
-                    boot_id: identity.boot_id.clone(),
-                });
-                dir.save(&record)
-            })?;
-            Ok((vmid, record))
+        let (namespace, id) = (self.env.namespace.clone(), self.request.id.clone());
+        let (dir, mut record, plan) = (self.dir.clone(), self.record.clone(), plan.clone());
+        let (identity, record) = blocking(move || {
+            let (install_id, boot_id) =
+                (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
+            let range = config.ct.vmid_range;
+            for _ in 0..range.len() {
+                let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
+                let identity = Identity {
+                    install_id,
+                    vmid,
+                    namespace: namespace.clone(),
+                    container_id: id.clone(),
+                    nonce: Id128::random()
+                        .map_err(|source| Error::Io { action: "get random bytes", source })?,
+                    boot_id,
+                };
+                record.identity = Some(identity.to_string());
+                record.cgroups = lxc::config::cgroups(&plan, vmid.get());
+                dir.save(&record)?;
+                let text = describe::ct(&config, &plan, &identity, &dir)
+                    .render()
+                    .map_err(ClaimError::from)?;
+                match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
+                    Ok(_) => return Ok((identity, record)),
+                    Err(ClaimError::Exists { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(ClaimError::RangeFull { range }.into())
         })
         .await?;
         self.record = record;
-        Ok(vmid)
+        Ok(identity)
     }
 
     /// Everything that lxc-start will read.
@@ -244,7 +252,7 @@ impl Building {
         blocking(move || {
             dir.write(&dir.lxc_conf(), text.as_bytes())?;
             // Proxmox's pre-start hook would do it, but the include clears that hook.
-            Ok(cgroup::remove_stale(&cgroups)?)
+            Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
         })
         .await
     }
@@ -260,7 +268,7 @@ impl Building {
             let (pve, config) = (self.request.pve.clone(), self.request.config.clone());
             async move {
                 let upid: Upid = pve.start(vmid).await?;
-                pve.wait(&upid, config.proxmox.task_timeout).await?;
+                pve.wait(&upid, tokio::time::Instant::now() + config.proxmox.task_timeout).await?;
                 Ok::<_, pve::Error>(())
             }
         };
@@ -373,11 +381,17 @@ impl RunningCt {
     /// # Errors
     /// Proxmox's; nothing has been changed then.
     pub async fn show_limits(&self, resources: &Resources) -> Result<()> {
-        let changes = limits(resources);
+        let changes = describe::changes(resources);
         if changes.is_empty() {
             return Ok(());
         }
-        Ok(self.pve.put_config_ours(self.vmid, &changes, &self.identity).await?)
+        let shown = self.pve.config(self.vmid).await?;
+        self.identity
+            .verify(&shown)
+            .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
+        let changes: Vec<(&str, &str)> =
+            changes.iter().map(|(key, value)| (*key, value.as_str())).collect();
+        Ok(self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await?)
     }
 
     /// What init is told to do.
@@ -418,12 +432,16 @@ impl RunningCt {
     }
 }
 
-fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<detached::Detached>> {
-    mounts
-        .iter()
-        .filter(|mount| matches!(mount, PlannedMount::Bind { .. }))
-        .map(|mount| Ok(detached::open(mount)?))
-        .collect()
+fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {
+    let mut opened = Vec::new();
+    for mount in mounts {
+        if let PlannedMount::Bind { source, destination, recursive, attributes, propagation } =
+            mount
+        {
+            opened.push(detached::open(source, destination, *recursive, *attributes, propagation)?);
+        }
+    }
+    Ok(opened)
 }
 
 /// The `CLONE_NEW*` flags of the namespaces in which a process differs from the shim.

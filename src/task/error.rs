@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use ttrpc::Code;
 
+use crate::pve::conf::ClaimError;
 use crate::task::phase::Illegal;
 use crate::{config, ledger, lxc, oci, pve};
 
@@ -51,9 +52,12 @@ pub enum Error {
     /// Proxmox refused or could not be reached.
     #[error(transparent)]
     Pve(#[from] pve::Error),
-    /// The CT's description could not be written.
+    /// No VMID could be claimed.
     #[error(transparent)]
-    CtFile(#[from] pve::conf::Error),
+    Claim(#[from] ClaimError),
+    /// The installation's or boot's id is not there.
+    #[error(transparent)]
+    Id(#[from] pve::identity::IdError),
     /// The run directory failed.
     #[error(transparent)]
     Ledger(#[from] ledger::Error),
@@ -109,8 +113,13 @@ impl Error {
             Self::Argument { .. } | Self::Config(_) | Self::Oci(_) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Cancelled { .. } => Code::CANCELLED,
-            Self::Pve(error) => error.code(),
-            Self::CtFile(_) => Code::UNAVAILABLE,
+            Self::Pve(error) => pve_code(error),
+            Self::Claim(error) => match error {
+                ClaimError::Exists { .. } | ClaimError::RangeFull { .. } => Code::RESOURCE_EXHAUSTED,
+                ClaimError::NoQuorum { .. } | ClaimError::NotMounted { .. } => Code::UNAVAILABLE,
+                ClaimError::Render(_) => Code::INVALID_ARGUMENT,
+                ClaimError::Write { .. } | ClaimError::Counter { .. } => Code::UNKNOWN,
+            },
             Self::Ledger(ledger::Error::Exists { .. }) => Code::ALREADY_EXISTS,
             Self::StartTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::ShuttingDown => Code::UNAVAILABLE,
@@ -123,6 +132,7 @@ impl Error {
             | Self::Detached(_)
             | Self::Stdio(_)
             | Self::Hook(_)
+            | Self::Id(_)
             | Self::Io { .. } => Code::UNKNOWN,
             Self::Both { first, .. } => first.code(),
         }
@@ -137,6 +147,38 @@ impl Error {
                 Self::Both { first: Box::new(self), cleanup: Box::new(cleanup) }
             }
         }
+    }
+}
+
+fn pve_code(error: &pve::Error) -> Code {
+    use pve::{Error as E, Failure as F};
+    match error {
+        E::Api { failure, .. } => match failure {
+            // Not found here means the CT, which containerd would take for the task.
+            F::NotFound
+            | F::Exists
+            | F::AlreadyRunning
+            | F::NotRunning
+            | F::Running
+            | F::Protected
+            | F::DigestMismatch => Code::FAILED_PRECONDITION,
+            F::Locked { .. } | F::LockTimeout | F::NoQuorum { .. } => Code::UNAVAILABLE,
+            F::BadParameter { .. } => Code::INVALID_ARGUMENT,
+            F::NoSuchTask | F::Other { .. } => Code::UNKNOWN,
+        },
+        E::TaskTimeout { .. } | E::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+        E::Authentication { .. } => Code::UNAUTHENTICATED,
+        E::Permission { .. } => Code::PERMISSION_DENIED,
+        E::Unreachable { .. }
+        | E::FingerprintMismatch { .. }
+        | E::Untrusted { .. }
+        | E::Tls { .. }
+        | E::Protocol { .. } => Code::UNAVAILABLE,
+        E::NodeUnknown { .. } | E::Token(_) | E::CaFile { .. } | E::Setup { .. } => {
+            Code::INVALID_ARGUMENT
+        }
+        E::NotOurs { .. } => Code::FAILED_PRECONDITION,
+        E::TaskFailed { .. } => Code::UNKNOWN,
     }
 }
 

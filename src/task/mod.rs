@@ -16,6 +16,7 @@ use crate::pve;
 
 pub mod container;
 pub mod create;
+pub mod describe;
 pub mod error;
 pub mod hooks;
 pub mod phase;
@@ -71,10 +72,10 @@ impl Environment {
         })
     }
 
-    fn stdio_context(&self, id: &str, exec_id: &str, bundle: &Path) -> stdio::Context {
+    fn stdio_context(&self, id: &str, exec_id: Option<&str>, bundle: &Path) -> stdio::Context {
         stdio::Context {
             container_id: id.to_owned(),
-            exec_id: exec_id.to_owned(),
+            exec_id: exec_id.map(str::to_owned),
             namespace: self.namespace.clone(),
             bundle: bundle.to_owned(),
         }

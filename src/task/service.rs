@@ -275,13 +275,7 @@ impl Task for Service {
 
     async fn resize_pty(&self, _: &TtrpcContext, r: api::ResizePtyRequest) -> ttrpc::Result<api::Empty> {
         let done = async {
-            let size = |field, value: u32| {
-                u16::try_from(value).map_err(|_| Error::Argument {
-                    field,
-                    reason: format!("{value} characters are too many"),
-                })
-            };
-            let (width, height) = (size("width", r.width)?, size("height", r.height)?);
+            let (width, height) = (r.width, r.height);
             self.handle(&r.id)?
                 .ask(|reply| Command::Resize { exec_id: r.exec_id, width, height, reply })
                 .await

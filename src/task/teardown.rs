@@ -8,12 +8,13 @@ use std::time::{Duration, SystemTime};
 use nix::libc;
 use tokio::time::Instant;
 
-use crate::config::{Config, Vmid};
-use crate::ledger::{CtRecord, ProcessId, Record, RunDir};
+use crate::config::Config;
+use crate::ledger::{ProcessId, Record, RunDir};
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
 use crate::oci;
-use crate::pve::{self, Identity};
+use crate::pve::identity::Identity;
+use crate::pve;
 use crate::sys::pidfd::ExitStatus;
 use crate::sys::{self, pidfd};
 use crate::task::error::{Error, Result, sentence};
@@ -23,6 +24,7 @@ use crate::task::{blocking, hooks};
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
 /// The stop hook needs a few milliseconds; containerd gives a `delete` 5 s in all.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
+const DELETE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Removes the CT, the rootfs's mount and the run directory; runs the poststop hooks.
 ///
@@ -37,18 +39,22 @@ pub async fn teardown(
     dir: &RunDir,
     record: &Record,
     id: &str,
-    identity: Option<&Identity>,
+    limit: Duration,
 ) -> Result<()> {
-    if let (Some(ct), Some(identity)) = (&record.ct, identity) {
-        let vmid = vmid(ct)?;
+    if let Some(marker) = &record.identity {
+        let identity = Identity::find(marker).map_err(|reason| Error::Argument {
+            field: "state.json",
+            reason: reason.to_string(),
+        })?;
+        let deadline = Instant::now() + limit;
         kill(record).await?;
         if record.init.is_none() {
             // The start may be under way, or was cut off: only Proxmox knows.
-            pve.stop_ours(vmid, identity).await?;
+            pve.stop_ours(&identity, deadline).await?;
         }
-        pve.destroy_ours(vmid, identity).await?;
+        pve.destroy_ours(&identity, deadline).await?;
         let cgroups = record.cgroups.clone();
-        blocking(move || Ok(cgroup::remove_stale(&cgroups)?)).await?;
+        blocking(move || Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)).await?;
     }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
@@ -105,13 +111,6 @@ async fn wait(process: OwnedFd) -> Result<()> {
     Ok(())
 }
 
-fn vmid(ct: &CtRecord) -> Result<Vmid> {
-    Vmid::new(ct.vmid).ok_or_else(|| Error::Argument {
-        field: "state.json",
-        reason: format!("{} is not a VMID", ct.vmid),
-    })
-}
-
 /// What `delete` found out about a container whose shim is gone.
 #[derive(Debug)]
 pub struct Reclaimed {
@@ -137,12 +136,11 @@ pub async fn reclaim(config: &Config, namespace: &str, id: &str) -> Result<Recla
     let pid = record.init.map_or(0, |init| init.pid.unsigned_abs());
     let cleanup = kill(&record).await;
     let exit = recorded(&dir, record.init.is_some()).await.unwrap_or(killed);
-    let identity = record.ct.as_ref().map(|ct| Identity::of_record(ct, namespace, id));
     let cleanup = match cleanup {
         Ok(()) => {
             async {
                 let pve = pve::Client::new(config)?;
-                teardown(&pve, &dir, &record, id, identity.as_ref()).await
+                teardown(&pve, &dir, &record, id, DELETE_LIMIT).await
             }
             .await
         }

@@ -1,5 +1,8 @@
 //! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
+pub mod cgroup;
+pub mod detached;
 pub mod exec;
 pub mod exit;
 pub mod init;
+pub mod rootfs;

@@ -1,1 +1,3 @@
+//! The Task service: its edge, and the containers it acts on.
 
+pub mod stdio;

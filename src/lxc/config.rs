@@ -54,10 +54,13 @@ pub enum Error {
     /// A path that is not UTF-8 or not absolute.
     #[error("{} cannot be used by LXC: it must be absolute and UTF-8", path.display())]
     Path { path: PathBuf },
+    /// The plan joins a cgroup namespace.
+    #[error("LXC cannot join the cgroup namespace {}", path.display())]
+    CgroupNamespace { path: PathBuf },
 }
 
 /// Keys that are cleared: what an earlier file sets would act on init, or twice.
-const CLEARED: [&str; 32] = [
+const CLEARED: [&str; 31] = [
     "lxc.hook.pre-start",
     "lxc.hook.pre-mount",
     "lxc.hook.mount",
@@ -72,7 +75,6 @@ const CLEARED: [&str; 32] = [
     "lxc.cap.keep",
     "lxc.mount.auto",
     "lxc.mount.entry",
-    "lxc.mount.fstab",
     "lxc.seccomp.profile",
     "lxc.environment",
     "lxc.uts.name",
@@ -132,13 +134,12 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
     // Used by an orderly stop from Proxmox; LXC's own choice means nothing to an application.
     config.set("lxc.signal.halt", "SIGTERM")?;
 
-    // LXC gives these to a shell. `exec` also keeps the value from starting with a quote, which
-    // LXC's parser would strip.
-    let init = shell_word(absolute(&layout.init)?);
-    let run_dir = shell_word(absolute(&layout.run_dir)?);
+    // LXC gives these to a shell, with `exec` before them.
+    let init = shell_path(absolute(&layout.init)?);
+    let run_dir = shell_path(absolute(&layout.run_dir)?);
     config.set("lxc.hook.version", "1")?;
-    config.set("lxc.hook.stop", &format!("exec {init} hook stop {run_dir}"))?;
-    config.set("lxc.hook.post-stop", &format!("exec {init} hook post-stop"))?;
+    config.set("lxc.hook.stop", &format!("{init} hook stop {run_dir}"))?;
+    config.set("lxc.hook.post-stop", &format!("{init} hook post-stop"))?;
 
     namespaces(&mut config, plan)?;
     cgroup(&mut config, plan, layout.vmid)?;
@@ -156,8 +157,12 @@ fn namespaces(config: &mut Config, plan: &Plan) -> Result<(), Error> {
         ("ipc", "lxc.namespace.share.ipc", &plan.namespaces.ipc),
         ("uts", "lxc.namespace.share.uts", &plan.namespaces.uts),
         ("pid", "lxc.namespace.share.pid", &plan.namespaces.pid),
-        ("cgroup", "lxc.namespace.share.cgroup", &plan.namespaces.cgroup),
+        ("cgroup", "", &plan.namespaces.cgroup),
     ];
+    // LXC reads `lxc.namespace.share.cgroup` and makes a new one all the same (measured with 5.0).
+    if let Namespace::Path(path) = &plan.namespaces.cgroup {
+        return Err(Error::CgroupNamespace { path: path.clone() });
+    }
     // As soon as the list is there, LXC makes a new one of every kind that is not in it, among
     // them a user namespace without a mapping and a time namespace.
     let mut keep = vec!["user", "time"];
@@ -195,21 +200,15 @@ fn cgroup(config: &mut Config, plan: &Plan, vmid: u32) -> Result<(), Error> {
     config.set("lxc.cgroup.dir.container.inner", "ns")
 }
 
-/// Both families of keys apply rules in order, the last one wins.
-fn devices(
-    config: &mut Config,
-    rules: &[DeviceRule],
-    version: CgroupVersion,
-) -> Result<(), Error> {
-    const KEYS: [(CgroupVersion, &str, &str); 2] = [
-        (CgroupVersion::V1, "lxc.cgroup.devices.allow", "lxc.cgroup.devices.deny"),
-        (CgroupVersion::V2, "lxc.cgroup2.devices.allow", "lxc.cgroup2.devices.deny"),
-    ];
-    for (_, allow, deny) in KEYS {
-        config.set(allow, "")?;
-        config.set(deny, "")?;
-    }
-    let (_, allow, deny) = KEYS[usize::from(version == CgroupVersion::V2)];
+/// Both families of keys apply rules in order, the last one wins. Only the node's own family is
+/// written: LXC 7 does not know the one of cgroup v1 any more.
+fn devices(config: &mut Config, rules: &[DeviceRule], version: CgroupVersion) -> Result<(), Error> {
+    let (allow, deny) = match version {
+        CgroupVersion::V1 => ("lxc.cgroup.devices.allow", "lxc.cgroup.devices.deny"),
+        CgroupVersion::V2 => ("lxc.cgroup2.devices.allow", "lxc.cgroup2.devices.deny"),
+    };
+    config.set(allow, "")?;
+    config.set(deny, "")?;
 
     // A rule for all devices makes everything before it void. Without one all are denied, as in
     // runc.
@@ -270,12 +269,13 @@ fn mount_field(text: &str) -> String {
     text.replace('\\', "\\134").replace(' ', "\\040")
 }
 
-/// One word for sh(1).
-fn shell_word(text: &str) -> String {
+/// An absolute path as one word for sh(1). The quotes start after the slash, because LXC's parser
+/// strips a pair of them around a whole value.
+fn shell_path(path: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
-    match text.chars().all(plain) {
-        true => text.to_owned(),
-        false => format!("'{}'", text.replace('\'', "'\\''")),
+    match path.strip_prefix('/').filter(|rest| !rest.chars().all(plain)) {
+        Some(rest) => format!("/'{}'", rest.replace('\'', "'\\''")),
+        None => path.to_owned(),
     }
 }
 

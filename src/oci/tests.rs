@@ -17,10 +17,7 @@ pub(super) fn host() -> Host {
     };
     Host {
         cgroups: Cgroups::V1 {
-            hierarchies: vec![
-                hierarchy("memory", "memory", false),
-                hierarchy("unified", "", true),
-            ],
+            hierarchies: vec![hierarchy("memory", "memory", false), hierarchy("unified", "", true)],
         },
         apparmor: false,
         last_capability: 40,

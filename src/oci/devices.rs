@@ -245,7 +245,10 @@ mod tests {
         for (linux, expected) in [
             (r#"{"devices":[{"path":"x","type":"c"}]}"#, "linux.devices[0].path must be absolute"),
             (r#"{"devices":[{"path":"/x","type":"a"}]}"#, "linux.devices[0].type must be"),
-            (r#"{"devices":[{"path":"/x","type":"c","major":-2}]}"#, "linux.devices[0].major is not"),
+            (
+                r#"{"devices":[{"path":"/x","type":"c","major":-2}]}"#,
+                "linux.devices[0].major is not",
+            ),
             (r#"{"devices":[{"path":"/x","type":"q"}]}"#, "linux.devices[0]: unknown variant"),
             (
                 r#"{"resources":{"devices":[{"allow":true}]}}"#,

@@ -62,12 +62,8 @@ mod tests {
             "startContainer":[{"path":"/d"}],"poststart":[{"path":"/e"}],"poststop":[{"path":"/f"}]}}"#,
         )
         .unwrap();
-        let plain = |path: &str| Hook {
-            path: path.to_owned(),
-            args: vec![],
-            env: vec![],
-            timeout: None,
-        };
+        let plain =
+            |path: &str| Hook { path: path.to_owned(), args: vec![], env: vec![], timeout: None };
         assert_eq!(
             hooks,
             Hooks {

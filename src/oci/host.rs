@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn cgroup2_alone() {
-        let mounts = "25 1 0:22 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
+        let mounts =
+            "25 1 0:22 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(Cgroups::from_mountinfo(mounts), Cgroups::V2);
     }
 

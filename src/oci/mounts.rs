@@ -457,12 +457,7 @@ mod tests {
             (
                 r#""bind","nosuid","noexec","nodev","suid""#,
                 false,
-                attributes(
-                    attr::NOEXEC | attr::NODEV,
-                    all & !(attr::NOEXEC | attr::NODEV),
-                    0,
-                    0,
-                ),
+                attributes(attr::NOEXEC | attr::NODEV, all & !(attr::NOEXEC | attr::NODEV), 0, 0),
             ),
             (
                 r#""bind","noatime""#,
@@ -474,13 +469,20 @@ mod tests {
                 false,
                 attributes(attr::STRICTATIME | attr::NODIRATIME, all | attr::ATIME, 0, 0),
             ),
-            (r#""bind","relatime""#, false, attributes(0, all | attr::ATIME | attr::NODIRATIME, 0, 0)),
+            (
+                r#""bind","relatime""#,
+                false,
+                attributes(0, all | attr::ATIME | attr::NODIRATIME, 0, 0),
+            ),
             (r#""rbind","rro""#, true, attributes(0, 0, attr::RDONLY, 0)),
             (r#""rbind","rro","rrw""#, true, attributes(0, 0, 0, attr::RDONLY)),
             (r#""rbind","rnoatime""#, true, attributes(0, 0, attr::NOATIME, attr::ATIME)),
             (r#""rbind","rrelatime""#, true, attributes(0, 0, 0, attr::ATIME)),
-            (r#""rbind","rnosuid","rnodev","rnoexec","rnosymfollow","rnodiratime""#, true,
-                attributes(0, 0, (all & !attr::RDONLY) | attr::NODIRATIME, 0)),
+            (
+                r#""rbind","rnosuid","rnodev","rnoexec","rnosymfollow","rnodiratime""#,
+                true,
+                attributes(0, 0, (all & !attr::RDONLY) | attr::NODIRATIME, 0),
+            ),
         ] {
             let (was_recursive, attributes, _) = bind(options, None);
             assert_eq!((was_recursive, attributes), (recursive, expected), "{options}");
@@ -491,11 +493,23 @@ mod tests {
     fn filesystem_options() {
         for (options, flags, data) in [
             ("", 0, ""),
-            (r#""nosuid","noexec","nodev","ro""#, libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV | libc::MS_RDONLY, ""),
-            (r#""nosuid","strictatime","mode=755","size=65536k""#, libc::MS_NOSUID | libc::MS_STRICTATIME, "mode=755,size=65536k"),
+            (
+                r#""nosuid","noexec","nodev","ro""#,
+                libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV | libc::MS_RDONLY,
+                "",
+            ),
+            (
+                r#""nosuid","strictatime","mode=755","size=65536k""#,
+                libc::MS_NOSUID | libc::MS_STRICTATIME,
+                "mode=755,size=65536k",
+            ),
             (r#""ro","rw","sync","async","defaults""#, 0, ""),
             (r#""newinstance","ptmxmode=0666","gid=5""#, 0, "newinstance,ptmxmode=0666,gid=5"),
-            (r#""rro","lazytime","dirsync","nosymfollow""#, libc::MS_RDONLY | libc::MS_LAZYTIME | libc::MS_DIRSYNC | libc::MS_NOSYMFOLLOW, ""),
+            (
+                r#""rro","lazytime","dirsync","nosymfollow""#,
+                libc::MS_RDONLY | libc::MS_LAZYTIME | libc::MS_DIRSYNC | libc::MS_NOSYMFOLLOW,
+                "",
+            ),
             (r#""ro","rrw""#, 0, ""),
         ] {
             assert_eq!(filesystem("tmpfs", options), (flags, data.to_owned()), "{options}");
@@ -553,17 +567,41 @@ mod tests {
     #[test]
     fn wrong_mounts_are_refused() {
         for (mount, expected) in [
-            (r#"{"destination":"/","type":"tmpfs"}"#, "mounts[0].destination is the container's root"),
-            (r#"{"destination":"/a/..","type":"tmpfs"}"#, "mounts[0].destination is the container's root"),
-            (r#"{"destination":"/d","type":"bind","source":"/s"}"#, "mounts[0].type \"bind\" needs"),
+            (
+                r#"{"destination":"/","type":"tmpfs"}"#,
+                "mounts[0].destination is the container's root",
+            ),
+            (
+                r#"{"destination":"/a/..","type":"tmpfs"}"#,
+                "mounts[0].destination is the container's root",
+            ),
+            (
+                r#"{"destination":"/d","type":"bind","source":"/s"}"#,
+                "mounts[0].type \"bind\" needs",
+            ),
             (r#"{"destination":"/d"}"#, "mounts[0].type \"\" needs"),
             (r#"{"destination":"/d","options":["bind"]}"#, "mounts[0].source is missing"),
-            (r#"{"destination":"/d","source":"/s","options":["bind","size=1"]}"#, "mounts[0].options [\"size=1\"] mean nothing"),
-            (r#"{"destination":"/d","source":"/s","options":["bind","ridmap"]}"#, "mounts[0].options \"idmap\" is not supported"),
+            (
+                r#"{"destination":"/d","source":"/s","options":["bind","size=1"]}"#,
+                "mounts[0].options [\"size=1\"] mean nothing",
+            ),
+            (
+                r#"{"destination":"/d","source":"/s","options":["bind","ridmap"]}"#,
+                "mounts[0].options \"idmap\" is not supported",
+            ),
             (r#"{"destination":"/proc","type":"tmpfs"}"#, "mounts[0].destination must not cover"),
-            (r#"{"destination":"/proc/./self/attr","type":"tmpfs"}"#, "mounts[0].destination must not cover"),
-            (r#"{"destination":"/proc/sys/kernel","source":"/s","options":["bind"]}"#, "mounts[0].destination must not cover"),
-            (r#"{"destination":"/proc","source":"/s","options":["rbind"]}"#, "mounts[0].destination must not cover"),
+            (
+                r#"{"destination":"/proc/./self/attr","type":"tmpfs"}"#,
+                "mounts[0].destination must not cover",
+            ),
+            (
+                r#"{"destination":"/proc/sys/kernel","source":"/s","options":["bind"]}"#,
+                "mounts[0].destination must not cover",
+            ),
+            (
+                r#"{"destination":"/proc","source":"/s","options":["rbind"]}"#,
+                "mounts[0].destination must not cover",
+            ),
             (r#"{"source":"/s"}"#, "mounts[0]: missing field `destination`"),
         ] {
             let error = read_json(mount, None).unwrap_err();

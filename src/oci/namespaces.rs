@@ -52,6 +52,13 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Namespaces, Error> {
         *slot = match path {
             None => Namespace::New,
             Some(path) if host.is_own(kind, &path) => Namespace::Host,
+            // LXC accepts the path and makes a new one all the same.
+            Some(_) if typ == Type::Cgroup => {
+                return Err(Error::unsupported(
+                    format!("{field}.path"),
+                    "LXC cannot join a cgroup namespace; leave the path out for a new one",
+                ));
+            }
             Some(path) => Namespace::Path(joinable(&field, path)?),
         };
     }
@@ -159,6 +166,7 @@ mod tests {
         for (json, expected) in [
             (r#"[{"type":"pid"}]"#, "linux.namespaces without the type mount is not supported"),
             (r#"[{"type":"mount","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
+            (r#"[{"type":"cgroup","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
             (r#"[{"type":"mount"},{"type":"user"}]"#, "linux.namespaces[1] is not supported: user"),
             (r#"[{"type":"mount"},{"type":"time"}]"#, "linux.namespaces[1] is not supported: time"),
             (r#"[{"type":"pid"},{"type":"pid"}]"#, "linux.namespaces[1] repeats the type pid"),

@@ -69,9 +69,8 @@ pub(super) fn exec(json: &[u8], container: &Process, host: &Host) -> Result<Exec
     let sets = &mut process.capabilities;
     let asked = sets.bounding | sets.effective | sets.inheritable | sets.permitted | sets.ambient;
     if asked & !bounding != 0 {
-        warnings.push(
-            "process.capabilities: limited to the bounding set of the container".to_owned(),
-        );
+        warnings
+            .push("process.capabilities: limited to the bounding set of the container".to_owned());
     }
     for set in [
         &mut sets.bounding,
@@ -99,17 +98,15 @@ fn env(spec: &Document) -> Result<Vec<String>, Error> {
     let mut index = std::collections::HashMap::new();
     for item in spec.list::<String>("process.env")? {
         match item.value.split_once('=') {
-            Some((name, _)) if !name.is_empty() => {
-                match index.entry(name.to_owned()) {
-                    std::collections::hash_map::Entry::Occupied(first) => {
-                        env[*first.get()] = item.value;
-                    }
-                    std::collections::hash_map::Entry::Vacant(free) => {
-                        free.insert(env.len());
-                        env.push(item.value);
-                    }
+            Some((name, _)) if !name.is_empty() => match index.entry(name.to_owned()) {
+                std::collections::hash_map::Entry::Occupied(first) => {
+                    env[*first.get()] = item.value;
                 }
-            }
+                std::collections::hash_map::Entry::Vacant(free) => {
+                    free.insert(env.len());
+                    env.push(item.value);
+                }
+            },
             // The value may be a secret, so it is not repeated here.
             _ => return Err(Error::invalid(item.field, "must have the form NAME=value")),
         }
@@ -150,11 +147,8 @@ fn rlimits(spec: &Document) -> Result<Vec<Rlimit>, Error> {
     let mut rlimits: Vec<Rlimit> = Vec::new();
     for item in spec.list::<PosixRlimit>("process.rlimits")? {
         let (field, rlimit) = (item.field, item.value);
-        let rlimit = Rlimit {
-            resource: resource(rlimit.typ()),
-            soft: rlimit.soft(),
-            hard: rlimit.hard(),
-        };
+        let rlimit =
+            Rlimit { resource: resource(rlimit.typ()), soft: rlimit.soft(), hard: rlimit.hard() };
         if rlimits.iter().any(|other| other.resource == rlimit.resource) {
             return Err(Error::invalid(format!("{field}.type"), "appears twice"));
         }
@@ -327,9 +321,18 @@ mod tests {
             (r#","oomScoreAdj":1001"#, "process.oomScoreAdj is not"),
             (r#","apparmorProfile":"docker-default""#, "process.apparmorProfile is not supported"),
             (r#","apparmorProfile":"a\nb""#, "process.apparmorProfile contains"),
-            (r#","terminal":true,"consoleSize":{"height":65536,"width":1}"#, "process.consoleSize is"),
-            (r#","rlimits":[{"type":"RLIMIT_X","soft":1,"hard":1}]"#, "process.rlimits[0]: unknown"),
-            (r#","rlimits":[{"type":"RLIMIT_CPU","soft":2,"hard":1}]"#, "process.rlimits[0].soft is"),
+            (
+                r#","terminal":true,"consoleSize":{"height":65536,"width":1}"#,
+                "process.consoleSize is",
+            ),
+            (
+                r#","rlimits":[{"type":"RLIMIT_X","soft":1,"hard":1}]"#,
+                "process.rlimits[0]: unknown",
+            ),
+            (
+                r#","rlimits":[{"type":"RLIMIT_CPU","soft":2,"hard":1}]"#,
+                "process.rlimits[0].soft is",
+            ),
             (
                 r#","rlimits":[{"type":"RLIMIT_CPU","soft":1,"hard":1},{"type":"RLIMIT_CPU","soft":1,"hard":1}]"#,
                 "process.rlimits[1].type appears twice",
@@ -409,6 +412,8 @@ mod tests {
     fn exec_refuses_what_a_container_s_process_refuses() {
         let container = read_json(&minimal("")).unwrap();
         let error = exec(minimal(r#","selinuxLabel":"x""#).as_bytes(), &container, &host());
-        assert!(error.unwrap_err().to_string().starts_with("process.selinuxLabel is not supported"));
+        assert!(
+            error.unwrap_err().to_string().starts_with("process.selinuxLabel is not supported")
+        );
     }
 }

@@ -34,9 +34,8 @@ pub(super) fn read(
     memory(spec, host, &mut resources, warnings)?;
     cpu(spec, &mut resources)?;
     block_io(spec, &mut resources)?;
-    resources.pids_limit = spec
-        .read::<LinuxPids>("linux.resources.pids")?
-        .and_then(|pids| limit(pids.limit()));
+    resources.pids_limit =
+        spec.read::<LinuxPids>("linux.resources.pids")?.and_then(|pids| limit(pids.limit()));
     resources.hugepages = hugepages(spec)?;
     resources.unified = unified(spec, host)?;
     Ok(resources)

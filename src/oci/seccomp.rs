@@ -24,10 +24,7 @@ const FIELD: &str = "linux.seccomp";
 /// From this number of rules on, libseccomp's binary tree makes shorter paths through the program.
 const MANY_RULES: usize = 32;
 
-pub(super) fn read(
-    spec: &Document,
-    warnings: &mut Vec<String>,
-) -> Result<Option<Seccomp>, Error> {
+pub(super) fn read(spec: &Document, warnings: &mut Vec<String>) -> Result<Option<Seccomp>, Error> {
     if spec.get(FIELD).is_none() {
         return Ok(None);
     }
@@ -172,9 +169,7 @@ fn add_rules(
             filter.add_rule(action, syscall).map_err(failed())?;
         } else if repeats {
             for comparison in &comparisons {
-                filter
-                    .add_rule_conditional(action, syscall, &[*comparison])
-                    .map_err(failed())?;
+                filter.add_rule_conditional(action, syscall, &[*comparison]).map_err(failed())?;
             }
         } else {
             filter.add_rule_conditional(action, syscall, &comparisons).map_err(failed())?;

@@ -183,9 +183,11 @@ fn architectures() {
     assert_eq!(run(&both, I386, 2, &[]), errno(libc::EPERM));
     assert_eq!(run(&both, X86_64, 0x4000_0000, &[]), ALLOW, "x32 read");
     assert_eq!(run(&both, X86_64, 0x4000_0000 + 500, &[]), errno(libc::ENOSYS));
-    assert!(compile(r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_Z80"]}"#)
-        .unwrap_err()
-        .starts_with("linux.seccomp.architectures[0]: unknown variant `SCMP_ARCH_Z80`"));
+    assert!(
+        compile(r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_Z80"]}"#)
+            .unwrap_err()
+            .starts_with("linux.seccomp.architectures[0]: unknown variant `SCMP_ARCH_Z80`")
+    );
 }
 
 #[test]

@@ -20,6 +20,8 @@ fn main() -> ExitCode {
         let trials = cases.iter().map(|c| Trial::test(format!("{}::{}", c.suite, c.name), || Ok(())));
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
+    // The message and its place; a backtrace through the harness says nothing more.
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let node = Arc::new(Node::start(&setting, Options::default()));
     let on_signal = node.clone();
     harness::sys::on_termination(move |signal| {

@@ -450,6 +450,8 @@ impl Shim {
         process::eventually("the shim ends after Shutdown", Duration::from_secs(5), || {
             (pid == 0 || !process::is_alive(pid)).then_some(())
         });
+        let socket = self.address.trim_start_matches("unix://");
+        assert!(!Path::new(socket).exists(), "the shim left its socket {socket}");
     }
 }
 

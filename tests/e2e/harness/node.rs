@@ -271,6 +271,7 @@ impl Node {
         for variable in ["CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NOTIFY_SOCKET"] {
             command.env_remove(variable);
         }
+        sys::with_default_signals(&mut command);
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("clone the log")).stderr(log);
         if self.options.without_pidfd_info {

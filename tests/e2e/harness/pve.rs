@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::process::{self, Running};
+use super::sys;
 
 /// The simulator's process and what it says about itself.
 pub struct Pve {
@@ -25,6 +26,7 @@ impl Pve {
         let mut command = Command::new(binary);
         command.arg("--root").arg(root).args(["--listen", "127.0.0.1:0", "--profile", profile]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+        sys::with_default_signals(&mut command);
         prepare(&mut command);
         let mut child = command
             .spawn()

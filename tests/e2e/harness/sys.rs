@@ -100,6 +100,20 @@ pub fn with_controlling_terminal(command: &mut Command) {
     }
 }
 
+/// Gives the command default signal dispositions: a shell without job control lets its background
+/// commands ignore SIGINT and SIGQUIT, and containers inherit that.
+pub fn with_default_signals(command: &mut Command) {
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in 1..32 {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
+}
+
 /// Makes `PIDFD_GET_INFO` fail with ENOTTY in the command and all its descendants, as on a kernel
 /// that does not know it. The filter is installed as root without `no_new_privs`, which would
 /// change what containers see.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::direct::{Driver, Refusal, Stdio3};
 use super::events::Event;
 use super::image::IMAGE;
 use super::node::Node;
@@ -201,6 +202,34 @@ impl Test {
             assert!(std::time::Instant::now() < end, "left behind: {remains:#?}");
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Runs a container without containerd, for what `ctr` has no flag for: `change` edits the
+    /// specification that containerd would have sent. The status and both streams as text.
+    #[track_caller]
+    pub fn run_spec(
+        &self,
+        id: &str,
+        command: &[&str],
+        change: impl FnOnce(&mut serde_json::Value),
+    ) -> Result<(u32, String), Refusal> {
+        let driver = self.driver();
+        let mut spec = driver.spec(id, command);
+        change(&mut spec);
+        let log = self.directory.join(format!("{id}.out"));
+        let uri = format!("file://{}", log.display());
+        let io = Stdio3 { stdout: uri.clone(), stderr: uri, ..Stdio3::default() };
+        let shim = driver.start(id, &spec);
+        let outcome = shim.create(&io).and_then(|_| shim.start("")).and_then(|_| shim.wait(""));
+        shim.finish();
+        driver.remove_bundle(id);
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        outcome.map(|reply| (reply.exit_status, text.trim_end().to_owned()))
+    }
+
+    /// Drives the shim under test directly, with bundles in this test's directory.
+    pub fn driver(&self) -> Driver<'_> {
+        Driver::new(&self.node, &self.node.setting.runtime, &self.directory)
     }
 
     /// Starts a command without waiting for it.

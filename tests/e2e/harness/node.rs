@@ -34,7 +34,9 @@ pub struct Setting {
 
 impl Setting {
     pub fn from_environment() -> Setting {
-        let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let path = |name: &str| {
+            std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+        };
         let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
         // `cargo test` builds the shim next to the test; the other binaries come from `make build`.
         let bin = path("E2E_BIN").unwrap_or_else(|| {

@@ -130,6 +130,9 @@ fn binary_uri_feeds_a_logger(t: &Test) {
     let id = t.id("a");
     t.start(&["--log-uri", &format!("binary://{logger}")], &id, &["sh", "-c", "echo a; echo b >&2; echo c"]);
     assert_eq!(t.wait_exit(&id).exit_status(), 0);
+    // runc's shim holds the logger's pipes until the task is deleted.
+    t.wait_status(&id, "STOPPED");
+    t.delete(&id);
     let text = eventually("the logger has written", Duration::from_secs(10), || {
         fs::read_to_string(&out).ok()
     });

@@ -73,6 +73,14 @@ stop() { # PID
 	done
 	kill -9 "$1" 2>/dev/null || true
 }
+mounts() { awk -v root="$root/" 'index($5, root) == 1 {print $5}' /proc/self/mountinfo; }
+cgroups() { find /sys/fs/cgroup -mindepth 1 -type d -path "*/$namespace/*"; }
+sockets() {
+	local id
+	for id in hello web victim; do
+		ls "/run/containerd/s/$(printf %s "$root/c.sock/$namespace/$id" | sha256sum | cut -d ' ' -f 1)"
+	done
+}
 shims() { pgrep -f "containerd-shim-.*$root/c.sock" || true; }
 
 cleanup() {
@@ -90,9 +98,12 @@ cleanup() {
 	stop "$containerd_pid"
 	for pid in $(shims); do kill -9 "$pid"; done
 	stop "$sim_pid"
-	while read -r mount; do umount -l -- "$mount"; done < <(
-		awk -v root="$root/" 'index($5, root) == 1 {print $5}' /proc/self/mountinfo | tac
-	)
+	for pid in $(cgroups | while read -r group; do cat "$group/cgroup.procs"; done | sort -u); do
+		kill -9 "$pid"
+	done
+	sleep 0.1
+	sockets | while read -r socket; do rm -f -- "$socket"; done
+	while read -r mount; do umount -l -- "$mount"; done < <(mounts | tac)
 	find /sys/fs/cgroup -depth -type d -path "*/$namespace*" -exec rmdir {} +
 	rm -rf -- "$root"
 	rmdir /run/containerd/s /run/containerd 2>/dev/null
@@ -158,7 +169,7 @@ note "everything below is private to this run: $root"
 
 if on_proxmox; then
 	heading 'A Proxmox VE node: its HTTPS API, an API token with a restricted role, real LXC below'
-	pve-sim --root "$root/sim" --listen 127.0.0.1:0 >"$root/sim.out" 2>"$root/sim.log" &
+	setsid pve-sim --root "$root/sim" --listen 127.0.0.1:0 >"$root/sim.out" 2>"$root/sim.log" &
 	sim_pid=$!
 	within 10 "the simulator does not listen: $(tail -n 3 "$root/sim.log")" test -s "$root/sim/ready.json"
 	ready() { jq -r ".$1" "$root/sim/ready.json"; }
@@ -203,7 +214,8 @@ cat >"$root/containerd.toml" <<-END
 	[grpc]
 	address = "$root/c.sock"
 END
-containerd --config "$root/containerd.toml" >"$root/containerd.log" 2>&1 &
+# A session of its own: Ctrl-C must not end it before the cleanup has used it.
+setsid containerd --config "$root/containerd.toml" >"$root/containerd.log" 2>&1 &
 containerd_pid=$!
 within 20 'containerd does not answer' ctr version
 ctr version | awk '/Server/ {server = 1} server && /Version/ {print "   containerd " $2}'
@@ -420,17 +432,9 @@ gone() { # WHAT COMMAND...: the command must print nothing
 	done
 	good "no $what"
 }
-mounts() { awk -v root="$root/" 'index($5, root) == 1 {print $5}' /proc/self/mountinfo; }
-cgroups() { find /sys/fs/cgroup -mindepth 1 -type d -path "*/$namespace/*"; }
 ct_cgroups() {
 	find /sys/fs/cgroup -maxdepth 4 -type d \( -path '*/lxc/*' -o -path '*/lxc.monitor/*' \) |
 		awk -F / -v a="${vmids%-*}" -v b="${vmids#*-}" '$NF >= a && $NF <= b'
-}
-sockets() {
-	local id
-	for id in hello web victim; do
-		ls "/run/containerd/s/$(printf %s "$root/c.sock/$namespace/$id" | sha256sum | cut -d ' ' -f 1)"
-	done
 }
 gone 'shim processes' shims
 gone 'mounts' mounts

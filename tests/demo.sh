@@ -98,6 +98,11 @@ cleanup() {
 	stop "$containerd_pid"
 	for pid in $(shims); do kill -9 "$pid"; done
 	stop "$sim_pid"
+	# A paused workload dies only when it is thawed.
+	cgroups | while read -r group; do
+		[[ -e $group/freezer.state ]] && echo THAWED >"$group/freezer.state"
+		[[ -e $group/cgroup.freeze ]] && echo 0 >"$group/cgroup.freeze"
+	done
 	for pid in $(cgroups | while read -r group; do cat "$group/cgroup.procs"; done | sort -u); do
 		kill -9 "$pid"
 	done

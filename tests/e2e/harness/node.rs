@@ -488,19 +488,20 @@ impl Node {
         if keep_logs {
             self.save_logs();
         }
-        for pid in self.workloads() {
-            sys::kill(pid, libc::SIGKILL);
-        }
+        self.kill_workloads();
         self.stop_containerd(libc::SIGTERM);
         for pid in self.shims("") {
             sys::kill(pid, libc::SIGKILL);
         }
+        for id in self.bundles() {
+            for socket in self.shim_sockets(&id) {
+                let _ = fs::remove_file(socket);
+            }
+        }
         if let Some(pve) = &self.pve {
             pve.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).stop();
         }
-        for pid in self.workloads() {
-            sys::kill(pid, libc::SIGKILL);
-        }
+        self.kill_workloads();
         self.unmount();
         let mut groups = process::cgroup_directories(&self.namespace);
         groups.extend(self.ct_cgroups());
@@ -518,6 +519,23 @@ impl Node {
         for directory in &self.created {
             // Only if nobody else has put something there meanwhile.
             let _ = fs::remove_dir(directory);
+        }
+    }
+
+    /// The containers that have a bundle.
+    fn bundles(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    fn kill_workloads(&self) {
+        for directory in process::cgroup_directories(&self.namespace) {
+            // A frozen process dies only when it is thawed. Each file is of one cgroup version.
+            let _ = write_existing(&directory.join("freezer.state"), "THAWED");
+            let _ = write_existing(&directory.join("cgroup.freeze"), "0");
+        }
+        for pid in self.workloads() {
+            sys::kill(pid, libc::SIGKILL);
         }
     }
 
@@ -577,4 +595,9 @@ fn copy_files(from: &Path, to: &Path) {
             _ => {}
         }
     }
+}
+
+fn write_existing(path: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
 }

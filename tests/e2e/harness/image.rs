@@ -1,0 +1,150 @@
+//! The image every suite runs: Debian's static busybox and the static test programs, written as an
+//! OCI layout without a daemon or network.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::process;
+
+/// The image's name in containerd.
+pub const IMAGE: &str = "docker.io/library/e2e:1";
+
+/// An `Env` of the image's configuration, to be found in containers.
+pub const IMAGE_ENV: &str = "FROM_IMAGE=yes";
+
+const PROBE_SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/programs/probe.c");
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Builds the static test program (see its source for what it can do).
+fn compile_probe(directory: &Path) -> PathBuf {
+    let target = directory.join("probe");
+    process::run(
+        Command::new("cc")
+            .args(["-static", "-O1", "-Wall", "-Werror", "-pthread", "-o"])
+            .arg(&target)
+            .arg(PROBE_SOURCE),
+    )
+    .ok();
+    target
+}
+
+fn busybox() -> PathBuf {
+    ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.exists())
+        .expect("busybox is missing: install the package busybox-static")
+}
+
+struct Layer(tar::Builder<Vec<u8>>);
+
+impl Layer {
+    fn entry(&mut self, kind: tar::EntryType, path: &str, mode: u32, data: &[u8]) {
+        let mut header = self.header(kind, mode);
+        header.set_size(data.len() as u64);
+        self.0.append_data(&mut header, path, data).expect("append to the layer");
+    }
+
+    fn link(&mut self, path: &str, target: &str) {
+        let mut header = self.header(tar::EntryType::Symlink, 0o777);
+        header.set_size(0);
+        self.0.append_link(&mut header, path, target).expect("append a link to the layer");
+    }
+
+    // Fixed owner and time: the layer's digest depends on the content only.
+    fn header(&self, kind: tar::EntryType, mode: u32) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header
+    }
+}
+
+/// The root file system as an uncompressed tar.
+fn layer(scratch: &Path) -> Vec<u8> {
+    use tar::EntryType::{Directory, Regular};
+    let mut layer = Layer(tar::Builder::new(Vec::new()));
+    for directory in ["bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "var"] {
+        layer.entry(Directory, directory, 0o755, b"");
+    }
+    layer.entry(Directory, "home/user", 0o755, b"");
+    layer.entry(Directory, "tmp", 0o1777, b"");
+    layer.entry(Regular, "etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n");
+    layer.entry(
+        Regular,
+        "etc/group",
+        0o644,
+        b"root:x:0:\nuser:x:1000:\nextra:x:1234:user\n",
+    );
+    layer.entry(Regular, "etc/not-executable", 0o644, b"#!/bin/sh\n");
+    let busybox = busybox();
+    layer.entry(
+        Regular,
+        "bin/busybox",
+        0o755,
+        &fs::read(&busybox).expect("read busybox"),
+    );
+    let applets = process::run(Command::new(&busybox).arg("--list")).ok().text();
+    for applet in applets.lines().filter(|name| *name != "busybox") {
+        layer.link(&format!("bin/{applet}"), "busybox");
+    }
+    let probe = fs::read(compile_probe(scratch)).expect("read the probe");
+    layer.entry(Regular, "bin/probe", 0o755, &probe);
+    layer.0.into_inner().expect("finish the layer")
+}
+
+/// Writes the image as an OCI layout tar to `archive`, and unpacks its only layer to `rootfs` for
+/// the tests that drive a shim without containerd.
+pub fn write(scratch: &Path, archive: &Path, rootfs: &Path) {
+    let layer = layer(scratch);
+    tar::Archive::new(layer.as_slice()).unpack(rootfs).expect("unpack the layer");
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let config = json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": {
+            "Env": ["PATH=/bin", IMAGE_ENV],
+            "Cmd": ["sh"],
+            "WorkingDir": "/",
+        },
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))]},
+    })
+    .to_string();
+    let descriptor = |media: &str, blob: &[u8]| json!({"mediaType": media, "digest": format!("sha256:{}", hex(blob)), "size": blob.len()});
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+    })
+    .to_string();
+    let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
+    entry["platform"] = json!({"architecture": architecture, "os": "linux"});
+    entry["annotations"] =
+        json!({"io.containerd.image.name": IMAGE, "org.opencontainers.image.ref.name": "1"});
+    let index = json!({"schemaVersion": 2, "manifests": [entry]}).to_string();
+
+    let mut out = Layer(tar::Builder::new(Vec::new()));
+    let regular = tar::EntryType::Regular;
+    out.entry(regular, "oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#);
+    for blob in [layer.as_slice(), config.as_bytes(), manifest.as_bytes()] {
+        out.entry(regular, &format!("blobs/sha256/{}", hex(blob)), 0o644, blob);
+    }
+    out.entry(regular, "index.json", 0o644, index.as_bytes());
+    fs::write(archive, out.0.into_inner().expect("finish the archive"))
+        .expect("write the image archive");
+}

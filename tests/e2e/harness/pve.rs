@@ -1,0 +1,145 @@
+//! A private Proxmox VE simulator and an administrator's view of its API.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::process::{self, Running};
+use super::sys;
+
+/// The simulator's process and what it says about itself.
+pub struct Pve {
+    child: Child,
+    ready: Value,
+}
+
+impl Pve {
+    /// Starts `pve-sim` below `root` and waits until it listens.
+    pub fn start(binary: &Path, root: &Path, profile: &str, prepare: impl FnOnce(&mut Command)) -> Pve {
+        use std::os::unix::process::CommandExt;
+        fs::create_dir_all(root).expect("create the simulator's directory");
+        let log = fs::File::create(root.with_extension("log")).expect("create the simulator's log");
+        let mut command = Command::new(binary);
+        command.arg("--root").arg(root).args(["--listen", "127.0.0.1:0", "--profile", profile]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+        sys::with_default_signals(&mut command);
+        prepare(&mut command);
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot run the simulator {}: {e}", binary.display()));
+        let stdout = child.stdout.take().expect("stdout is piped");
+        std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
+        let file = root.join("ready.json");
+        let ready = process::eventually("the simulator listens", Duration::from_secs(20), || {
+            if let Ok(Some(status)) = child.try_wait() {
+                let log = fs::read_to_string(root.with_extension("log")).unwrap_or_default();
+                panic!("the simulator ended at once: {status}: {log}");
+            }
+            serde_json::from_str(&fs::read_to_string(&file).ok()?).ok()
+        });
+        Pve { child, ready }
+    }
+
+    pub fn stop(&mut self) {
+        process::terminate(&mut self.child, Duration::from_secs(20));
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn get(&self, key: &str) -> &str {
+        self.ready[key].as_str().unwrap_or_else(|| panic!("ready.json has no {key}"))
+    }
+
+    pub fn node(&self) -> &str {
+        self.get("node")
+    }
+
+    pub fn pmxcfs(&self) -> PathBuf {
+        PathBuf::from(self.get("pmxcfs"))
+    }
+
+    pub fn lxc_path(&self) -> PathBuf {
+        PathBuf::from(self.get("lxc_path"))
+    }
+
+    /// One request as the administrator: the HTTP status and `data`. The token travels through
+    /// curl's standard input, never through its arguments.
+    pub fn request(&self, method: &str, path: &str, form: &[(&str, &str)]) -> (u16, Value) {
+        let token = fs::read_to_string(self.get("admin_token_file")).expect("read the token");
+        let mut config = format!(
+            "header = \"Authorization: PVEAPIToken={}\"\ncacert = \"{}\"\n",
+            token.trim(),
+            self.get("ca_file")
+        );
+        config.push_str("silent\nshow-error\nmax-time = 30\nwrite-out = \"\\n%{http_code}\"\n");
+        let mut command = Command::new("curl");
+        command.args(["--config", "-", "--noproxy", "*", "--request", method]);
+        for (name, value) in form {
+            command.arg("--data-urlencode").arg(format!("{name}={value}"));
+        }
+        command.arg(format!("{}/api2/json{path}", self.get("endpoint")));
+        let text = Running::spawn(&mut command, Some(config.as_bytes())).wait().ok().text();
+        let (body, status) = text.rsplit_once('\n').expect("curl wrote the status");
+        let body: Value = serde_json::from_str(body).unwrap_or(Value::Null);
+        (status.parse().expect("a status"), body["data"].clone())
+    }
+
+    /// A request that must succeed.
+    #[track_caller]
+    pub fn call(&self, method: &str, path: &str, form: &[(&str, &str)]) -> Value {
+        let (status, data) = self.request(method, path, form);
+        assert_eq!(status, 200, "{method} {path}: {data}");
+        data
+    }
+
+    /// A path below this node's CTs.
+    pub fn lxc(&self, tail: &str) -> String {
+        format!("/nodes/{}/lxc{tail}", self.node())
+    }
+
+    /// The CTs as the API lists them.
+    pub fn cts(&self) -> Vec<Value> {
+        self.call("GET", &self.lxc(""), &[]).as_array().cloned().unwrap_or_default()
+    }
+
+    /// Posts and waits for the task; its exit status.
+    #[track_caller]
+    pub fn task(&self, method: &str, path: &str, form: &[(&str, &str)]) -> String {
+        let upid = self.call(method, path, form);
+        let upid = upid.as_str().expect("the call answers a UPID").to_owned();
+        let status = format!("/nodes/{}/tasks/{upid}/status", self.node());
+        process::eventually(&format!("task {upid} ends"), Duration::from_secs(30), || {
+            let status = self.call("GET", &status, &[]);
+            (status["status"] == "stopped")
+                .then(|| status["exitstatus"].as_str().unwrap_or_default().to_owned())
+        })
+    }
+
+    /// The configuration files: VMID and text.
+    pub fn configurations(&self) -> Vec<(u32, String)> {
+        let directory = self.pmxcfs().join("nodes").join(self.node()).join("lxc");
+        let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+        entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let vmid = name.to_str()?.strip_suffix(".conf")?.parse().ok()?;
+                Some((vmid, fs::read_to_string(entry.path()).ok()?))
+            })
+            .collect()
+    }
+
+    /// The VMID of the CT that carries a container.
+    pub fn vmid_of(&self, container: &str) -> Option<u32> {
+        self.configurations()
+            .into_iter()
+            .find(|(_, text)| text.contains(container))
+            .map(|(vmid, _)| vmid)
+    }
+}

@@ -1,0 +1,169 @@
+//! The system calls the harness needs and that have no safe wrapper. All `unsafe` of the suites is
+//! here.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+/// Write end of the pipe that carries termination signals out of the handler.
+static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
+
+extern "C" fn forward(signal: libc::c_int) {
+    let byte = signal as u8;
+    // SAFETY: write(2) is async-signal-safe; the descriptor stays open for the process's life.
+    unsafe { libc::write(SIGNAL_PIPE.load(Ordering::Relaxed), (&raw const byte).cast(), 1) };
+}
+
+/// Runs `then` on a thread of its own when SIGINT, SIGTERM or SIGHUP arrives.
+pub fn on_termination(then: impl FnOnce(i32) + Send + 'static) {
+    let (read, write) = pipe();
+    SIGNAL_PIPE.store(write.as_raw_fd(), Ordering::Relaxed);
+    std::mem::forget(write);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the handler is async-signal-safe and the structure is fully initialised.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = forward as extern "C" fn(libc::c_int) as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+        }
+    }
+    std::thread::spawn(move || {
+        let mut byte = [0u8];
+        let mut file = std::fs::File::from(read);
+        if std::io::Read::read_exact(&mut file, &mut byte).is_ok() {
+            then(i32::from(byte[0]));
+        }
+    });
+}
+
+/// A close-on-exec pipe: read end, write end.
+pub fn pipe() -> (OwnedFd, OwnedFd) {
+    let mut fds: [RawFd; 2] = [-1; 2];
+    // SAFETY: the array has room for the two descriptors, which become owned here only.
+    unsafe {
+        assert_eq!(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC), 0, "pipe2");
+        (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
+    }
+}
+
+/// A FIFO at `path`.
+pub fn mkfifo(path: &Path) {
+    let c = CString::new(path.to_str().expect("path is UTF-8")).expect("path has no NUL");
+    // SAFETY: a valid NUL-terminated string.
+    let rc = unsafe { libc::mkfifo(c.as_ptr(), 0o600) };
+    assert_eq!(rc, 0, "mkfifo {}: {}", path.display(), std::io::Error::last_os_error());
+}
+
+/// A pseudo-terminal of the given size: the master and the slave.
+pub fn openpty(rows: u16, columns: u16) -> (OwnedFd, OwnedFd) {
+    let (mut master, mut slave) = (-1, -1);
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: both out pointers are valid; name and termios may be null.
+    unsafe {
+        let rc = libc::openpty(
+            &mut master,
+            &mut slave,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            &raw const size as *mut _,
+        );
+        assert_eq!(rc, 0, "openpty");
+        for fd in [master, slave] {
+            libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        }
+        (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
+    }
+}
+
+/// Changes the window size; the kernel tells the foreground process group by SIGWINCH.
+pub fn set_window_size(tty: impl AsFd, rows: u16, columns: u16) {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    let rc = unsafe { libc::ioctl(tty.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &size) };
+    assert_eq!(rc, 0, "TIOCSWINSZ");
+}
+
+/// The command gets a session of its own with its stdin as controlling terminal.
+pub fn with_controlling_terminal(command: &mut Command) {
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Gives the command default signal dispositions: a shell without job control lets its background
+/// commands ignore SIGINT and SIGQUIT, and containers inherit that.
+pub fn with_default_signals(command: &mut Command) {
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in 1..32 {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Makes `PIDFD_GET_INFO` fail with ENOTTY in the command and all its descendants, as on a kernel
+/// that does not know it. The filter is installed as root without `no_new_privs`, which would
+/// change what containers see.
+pub fn without_pidfd_info(command: &mut Command) {
+    const LD_W_ABS: u16 = 0x20;
+    const AND_K: u16 = 0x54;
+    const JEQ_K: u16 = 0x15;
+    const RET_K: u16 = 0x06;
+    const ALLOW: u32 = 0x7fff_0000;
+    const ERRNO: u32 = 0x0005_0000;
+    const NR: u32 = 0;
+    // Low half of args[1], the ioctl's request, on a little-endian machine.
+    const REQUEST: u32 = 24;
+    // _IOWR(0xFF, 11, …) without direction and size.
+    const PIDFD_GET_INFO: u32 = 0xFF0B;
+    let insn = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let filter = [
+        insn(LD_W_ABS, 0, 0, NR),
+        insn(JEQ_K, 0, 4, libc::SYS_ioctl as u32),
+        insn(LD_W_ABS, 0, 0, REQUEST),
+        insn(AND_K, 0, 0, 0xFFFF),
+        insn(JEQ_K, 0, 1, PIDFD_GET_INFO),
+        insn(RET_K, 0, 0, ERRNO | libc::ENOTTY as u32),
+        insn(RET_K, 0, 0, ALLOW),
+    ];
+    // SAFETY: only a system call between fork and exec; the program outlives the call.
+    unsafe {
+        command.pre_exec(move || {
+            let program = libc::sock_fprog {
+                len: filter.len() as u16,
+                filter: filter.as_ptr() as *mut libc::sock_filter,
+            };
+            if libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Sends a signal; `false` if the process is gone.
+pub fn kill(pid: u32, signal: i32) -> bool {
+    // SAFETY: plain system call on a positive pid.
+    pid > 1 && unsafe { libc::kill(pid as libc::pid_t, signal) } == 0
+}
+
+/// Lazily detaches one mount.
+pub fn detach(path: &Path) {
+    if let Ok(c) = CString::new(path.as_os_str().as_encoded_bytes()) {
+        // SAFETY: a valid NUL-terminated string.
+        unsafe { libc::umount2(c.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
+    }
+}

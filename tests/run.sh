@@ -1,0 +1,47 @@
+#!/bin/bash
+# Unit tests, then every end-to-end suite on the containerd of Debian 12, 13 and sid. Called by
+# `make test`, which has built everything.
+#
+# usage: tests/run.sh [bookworm|trixie|sid|system ...]    only the suites, on these
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+export E2E_BIN=$PWD/target/release
+# Two CPUs and many short waits: more threads than CPUs pay off.
+threads=$((2 * $(nproc)))
+failed=()
+
+suites() { # NAME [DIRECTORY]
+	local name=$1
+	echo
+	echo "== end-to-end suites, containerd of $name"
+	E2E_CONTAINERD=${2:-} cargo test --locked --test e2e -- --test-threads="$threads" ||
+		failed+=("$name")
+}
+
+if (($# == 0)); then
+	echo "== unit tests"
+	cargo test --locked --workspace --lib --bins
+	cargo test --locked --workspace --doc
+	set -- bookworm trixie sid
+fi
+
+for release; do
+	if [[ $release == system ]]; then
+		suites system
+	elif tests/containerd-debs.sh "$release"; then
+		suites "$release" "$PWD/target/containerd/$release/bin"
+	elif [[ $release == bookworm ]]; then
+		# Without a mirror at least this machine's own containerd is tested.
+		suites system
+		failed+=("$release (not available)")
+	else
+		failed+=("$release (not available)")
+	fi
+done
+
+if ((${#failed[@]})); then
+	echo
+	printf 'FAILED: %s\n' "${failed[@]}" >&2
+	exit 1
+fi

@@ -496,7 +496,8 @@ fn tls_error(endpoint: String, error: &rustls::Error) -> Error {
                 format!("set proxmox.ca_file to its authority, {pin}"),
             ),
         },
-        CertificateError::UnknownIssuer => (
+        // A bad signature is what an authority of the same name with another key looks like.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => (
             "it is not issued by the configured authority".to_owned(),
             format!(
                 "set proxmox.ca_file to the file of its authority, such as /etc/pve/pve-root-ca.pem, {pin}"

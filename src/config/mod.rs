@@ -29,6 +29,7 @@ pub use token::{ApiToken, TokenError};
 pub use vmid::{InvalidVmid, Vmid, VmidRange};
 
 use reader::Section;
+pub(crate) use reader::unusable_path;
 
 /// Read when the runtime options name no other file.
 pub const DEFAULT_PATH: &str = "/etc/containerd-shim-proxmox/config.toml";

@@ -172,7 +172,7 @@ impl<'a> Section<'a> {
 }
 
 /// Why a path cannot be used in an LXC configuration, a mount entry or a CT's file.
-fn unusable_path(text: &str) -> Option<&'static str> {
+pub(crate) fn unusable_path(text: &str) -> Option<&'static str> {
     // liblxc splits values at white space, strips quotes and, in mount entries, decodes
     // backslashes; there is no way of quoting that all of these places understand.
     let hostile =

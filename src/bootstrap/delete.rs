@@ -10,7 +10,8 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
 use super::{Error, RuntimeOptions, Target, input, socket};
-use crate::{config, events, task};
+use crate::task::teardown::{self, Reclaimed};
+use crate::{config, events};
 
 /// containerd waits 5 s in all and then publishes an exit status of 255.
 const LIMIT: Duration = Duration::from_secs(4);
@@ -24,19 +25,19 @@ pub(super) fn run(target: &Target) -> Result<Vec<u8>, Error> {
     let reclaimed = reclaimed?;
     let mut response = DeleteResponse::new();
     response.pid = reclaimed.pid;
-    response.exit_status = reclaimed.status;
-    response.exited_at = MessageField::some(events::timestamp(reclaimed.exited_at));
+    response.exit_status = reclaimed.exit.status.0;
+    response.exited_at = MessageField::some(events::timestamp(reclaimed.exit.at));
     Ok(response.write_to_bytes()?)
 }
 
 /// Reclaims in a thread of its own, so that not even a system call that hangs (on a dead storage,
 /// say) keeps containerd waiting. What it has done by then stays done.
-fn within(limit: Duration, target: &Target, bundle: PathBuf) -> Result<task::Reclaimed, Error> {
+fn within(limit: Duration, target: &Target, bundle: PathBuf) -> Result<Reclaimed, Error> {
     let (done, wait) = mpsc::channel();
     let (namespace, id) = (target.namespace.to_string(), target.id.to_string());
     let options = kept_options(&bundle)?;
     let work = move || {
-        let _ = done.send(reclaim(options, &namespace, &id, &bundle));
+        let _ = done.send(reclaim(options, &namespace, &id));
     };
     thread::Builder::new().spawn(work).map_err(Error::Runtime)?;
     wait.recv_timeout(limit).map_err(|_| Error::ReclaimSlow { id: target.id.to_string(), limit })?
@@ -46,17 +47,16 @@ fn reclaim(
     options: Option<RuntimeOptions>,
     namespace: &str,
     id: &str,
-    bundle: &Path,
-) -> Result<task::Reclaimed, Error> {
+) -> Result<Reclaimed, Error> {
     let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
-    let config = config::Config::load(options).map_err(|e| Error::Config(e.to_string()))?;
+    let config = config::Config::for_options(options).map_err(|e| Error::Config(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let reclaimed = runtime.block_on(task::reclaim(&config, namespace, id, bundle));
+    let reclaimed = runtime.block_on(teardown::reclaim(&config, namespace, id));
     runtime.shutdown_background();
-    reclaimed.map_err(|e| Error::Reclaim { id: id.to_string(), reason: e.to_string() })
+    reclaimed.map_err(|e| Error::Reclaim { id: id.to_string(), reason: crate::task::sentence(&e) })
 }
 
 /// What `start` kept, if there were options and the bundle is still there.

@@ -50,8 +50,8 @@ pub(super) fn run(target: &Target) -> ExitCode {
     let Inherited { listener, channel } = inherited;
     let socket = Owned::new(socket_path(&listener));
     let ready = channel.try_clone();
-    let outcome = set_up(target, &channel).and_then(|(runtime, environment)| {
-        let served = runtime.block_on(serve(listener, channel, environment, &socket));
+    let outcome = set_up(target, &channel).and_then(|(runtime, prepared)| {
+        let served = runtime.block_on(serve(listener, channel, prepared, &socket));
         // Blocking work that hangs must not keep the process.
         runtime.shutdown_background();
         served
@@ -79,7 +79,7 @@ enum Failure {
     #[error("cannot {what}: {source}")]
     System { what: &'static str, source: io::Error },
     #[error("{0}")]
-    Config(#[from] config::Error),
+    Config(#[from] config::ConfigError),
     #[error("{0}")]
     Log(#[from] log_fifo::Error),
     #[error("{0}")]
@@ -120,7 +120,7 @@ impl Inherited {
 fn set_up(
     target: &Target,
     channel: &UnixStream,
-) -> Result<(tokio::runtime::Runtime, task::Environment), Failure> {
+) -> Result<(tokio::runtime::Runtime, Prepared), Failure> {
     // A session of its own: signals to containerd's terminal or process group are not for us. The
     // process is no group leader, so this cannot fail.
     let _ = nix::unistd::setsid();
@@ -135,10 +135,9 @@ fn set_up(
     log_fifo::install(&bundle.join("log"), LevelFilter::Info, &fields)?;
     log_panics();
     let options = handover.options.as_ref();
-    let config = config::Config::load(options.map(|o| (o.type_url.as_str(), o.value.as_slice())))?;
+    let config = config::Config::for_options(options.map(|o| (o.type_url.as_str(), o.value.as_slice())))?;
     let wanted = handover.level.as_deref().and_then(log_fifo::parse_level);
-    let configured = log_fifo::parse_level(&config.log.level);
-    log::set_max_level(wanted.max(configured).unwrap_or(LevelFilter::Info));
+    log::set_max_level(wanted.map_or(config.log.level, |wanted| wanted.max(config.log.level)));
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -152,8 +151,14 @@ fn set_up(
         let _inside = runtime.enter();
         Outbox::new(Settings::new(handover.ttrpc_address, namespace.clone()))
     };
-    let environment = task::Environment { config: Arc::new(config), events, namespace, bundle };
-    Ok((runtime, environment))
+    Ok((runtime, Prepared { config: Arc::new(config), namespace, events }))
+}
+
+/// What the service will be made of.
+struct Prepared {
+    config: Arc<config::Config>,
+    namespace: String,
+    events: Outbox,
 }
 
 /// The default hook writes to stderr, which nobody reads.
@@ -180,17 +185,18 @@ enum End {
 async fn serve(
     listener: UnixListener,
     channel: UnixStream,
-    environment: task::Environment,
+    prepared: Prepared,
     socket: &Owned,
 ) -> Result<(), Failure> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
-    let events = environment.events.clone();
-    let service = task::Service::new(environment);
-    timeout(PREPARE_LIMIT, service.prepare())
+    let Prepared { config, namespace, events } = prepared;
+    let environment = task::Environment::prepare(config, namespace, events.clone());
+    let environment = timeout(PREPARE_LIMIT, environment)
         .await
         .map_err(|_| Failure::PrepareSlow)?
-        .map_err(|error| Failure::Prepare(error.to_string()))?;
+        .map_err(|error| Failure::Prepare(task::sentence(&error)))?;
+    let service = task::Service::new(environment);
 
     let listener = Listener::try_from(listener).map_err(system("listen on the shim's socket"))?;
     let mut server = Server::new()

@@ -214,6 +214,9 @@ pub enum ConfigError {
         /// What is wrong and what to write instead.
         problem: String,
     },
+    /// The runtime options can't be decoded.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     /// init is nowhere.
     #[error(
         "{origin}: paths.init: no executable proxmox-shim-init at {tried}; install it, or set the \
@@ -237,6 +240,22 @@ impl Config {
             Some(RuntimeOptions { config_path: Some(path), .. }) => Config::load(path),
             _ => Config::load(Path::new(DEFAULT_PATH)),
         }
+    }
+
+    /// As [`Config::resolve`], for options as a client packed them (type URL and bytes). Options of
+    /// another runtime are ignored with a warning: some clients send runc's to every shim.
+    pub fn for_options(packed: Option<(&str, &[u8])>) -> Result<Config, ConfigError> {
+        let options = match packed {
+            Some((type_url, value)) => {
+                let options = RuntimeOptions::from_any(type_url, value)?;
+                if options.is_none() && !type_url.is_empty() {
+                    log::warn!("runtime options of type {type_url} are ignored");
+                }
+                options
+            }
+            None => None,
+        };
+        Config::resolve(options.as_ref())
     }
 
     /// Reads a configuration file.

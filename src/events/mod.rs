@@ -14,20 +14,9 @@ use containerd_shim_protos::protobuf::well_known_types::{any::Any, timestamp::Ti
 use containerd_shim_protos::protobuf::{MessageField, MessageFull};
 use containerd_shim_protos::shim::event::Envelope;
 
-pub use outbox::{Outbox, Settings};
+use crate::lxc::rootfs::RootfsMount;
 
-/// A mount of the container's root file system, as the client asked for it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Mount {
-    /// File system type or `bind`.
-    pub fstype: String,
-    /// Device, directory or file.
-    pub source: String,
-    /// Below the bundle's `rootfs`; usually empty.
-    pub target: String,
-    /// As in `fstab(5)`.
-    pub options: Vec<String>,
-}
+pub use outbox::{Outbox, Settings};
 
 /// What happened to a task or to one of its execs. An empty `id` is the task's own process.
 ///
@@ -41,7 +30,7 @@ pub enum Event {
         /// Its bundle directory.
         bundle: String,
         /// What was mounted at `<bundle>/rootfs`.
-        rootfs: Vec<Mount>,
+        rootfs: Vec<RootfsMount>,
         /// The client's path or URI, or empty.
         stdin: String,
         /// The client's path or URI, or empty.
@@ -307,7 +296,7 @@ mod tests {
         let create: pb::TaskCreate = parsed(&Event::Create {
             container_id: "c".into(),
             bundle: "/b".into(),
-            rootfs: vec![Mount {
+            rootfs: vec![RootfsMount {
                 fstype: "overlay".into(),
                 source: "s".into(),
                 target: "t".into(),

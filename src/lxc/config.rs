@@ -180,11 +180,18 @@ fn namespaces(config: &mut Config, plan: &Plan) -> Result<(), Error> {
     Ok(())
 }
 
+/// The CT's cgroup and that of its lxc-start, relative to each hierarchy's root.
+#[must_use]
+pub fn cgroups(plan: &Plan, vmid: u32) -> [String; 2] {
+    let container = plan.cgroups_path.clone().unwrap_or_else(|| format!("lxc/{vmid}"));
+    [container, format!("lxc.monitor/{vmid}")]
+}
+
 /// The limits are on the container's directory and its processes in a directory below it, which
 /// is the root of its cgroup namespace: it cannot change its own limits.
 fn cgroup(config: &mut Config, plan: &Plan, vmid: u32) -> Result<(), Error> {
-    let own = format!("lxc/{vmid}");
-    let container = plan.cgroups_path.as_deref().unwrap_or(&own);
+    let [container, monitor] = cgroups(plan, vmid);
+    let container = container.as_str();
     if container.starts_with('/') || container.split('/').any(|part| part == "..") {
         return Err(Error::Value {
             key: "lxc.cgroup.dir.container",
@@ -195,7 +202,7 @@ fn cgroup(config: &mut Config, plan: &Plan, vmid: u32) -> Result<(), Error> {
     // LXC's three keys belong together. The monitor stays where Proxmox puts it, outside of the
     // container's accounting.
     config.set("lxc.cgroup.relative", "0")?;
-    config.set("lxc.cgroup.dir.monitor", &format!("lxc.monitor/{vmid}"))?;
+    config.set("lxc.cgroup.dir.monitor", &monitor)?;
     config.set("lxc.cgroup.dir.container", container)?;
     config.set("lxc.cgroup.dir.container.inner", "ns")
 }

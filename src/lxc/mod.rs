@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
 pub mod cgroup;
@@ -7,3 +8,6 @@ pub mod exec;
 pub mod exit;
 pub mod init;
 pub mod rootfs;
+=======
+pub mod config;
+>>>>>>> oci

@@ -251,6 +251,9 @@ fn is_set(value: &Value) -> bool {
 }
 
 #[cfg(test)]
+mod completeness;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

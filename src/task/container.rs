@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -410,7 +409,10 @@ impl Actor {
     }
 
     fn update(&mut self, resources: &[u8], reply: Reply<()>) {
-        let begin = self.live().and_then(|ct| Ok((ct, oci::update(resources, &ct.host)?)));
+        let begin = self.live().and_then(|ct| {
+            let resources = oci::update(resources, &ct.host)?;
+            Ok((ct, resources))
+        });
         match begin {
             Err(error) => answer(reply, Err(error)),
             Ok((ct, resources)) => self.job(async move {

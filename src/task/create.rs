@@ -14,6 +14,7 @@ use crate::config::{Config, Vmid};
 use crate::ledger::{ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::detached::DetachedMount;
+use crate::lxc::config::CgroupVersion;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
@@ -221,7 +222,7 @@ impl Building {
                     boot_id,
                 };
                 record.identity = Some(identity.to_string());
-                record.cgroups = lxc::config::cgroups(&plan, vmid.get());
+                record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
                 dir.save(&record)?;
                 let text = describe::ct(&config, &plan, &identity, &dir)
                     .render()
@@ -243,10 +244,16 @@ impl Building {
     async fn prepare(&self, vmid: Vmid, plan: &Plan) -> Result<()> {
         let layout = lxc::config::Layout {
             vmid: vmid.get(),
+            rootfs: plan.root_path.clone(),
             run_dir: self.dir.path().to_owned(),
             init: self.env.init_path.clone(),
+            cgroups: match self.env.host.cgroups {
+                oci::Cgroups::V1 { .. } => CgroupVersion::V1,
+                oci::Cgroups::V2 => CgroupVersion::V2,
+            },
+            apparmor: self.env.host.apparmor,
         };
-        let text = lxc::config::render(plan, &layout, &self.env.host)?;
+        let text = lxc::config::render(plan, &layout)?;
         let dir = self.dir.clone();
         let cgroups = self.record.cgroups.clone();
         blocking(move || {

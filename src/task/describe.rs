@@ -19,11 +19,8 @@ const CPUUNITS_MAX: u64 = 10_000;
 pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> CtDescription {
     let resources = &plan.resources;
     let mut tags: Vec<Tag> = config.ct.tags.iter().filter_map(|tag| Tag::new(tag)).collect();
-    for readable in Tag::sanitised(&identity.namespace) {
-        if !tags.contains(&readable) {
-            tags.push(readable);
-        }
-    }
+    let namespace = Tag::sanitised(&identity.namespace).filter(|tag| !tags.contains(tag));
+    tags.extend(namespace);
     CtDescription {
         hostname: Hostname::from_container_id(&identity.container_id),
         memory_mib: memory(resources.memory_limit).unwrap_or_else(node_memory),

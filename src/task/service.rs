@@ -14,10 +14,9 @@ use containerd_shim_protos::types::task::{ProcessInfo, Status};
 use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::config::{Config, RuntimeOptions};
+use crate::config::{Config, ConfigError, RuntimeOptions};
 use crate::lxc::exit::Exit;
 use crate::lxc::rootfs::RootfsMount;
-use crate::oci;
 use crate::pve;
 use crate::task::Environment;
 use crate::task::blocking;
@@ -99,12 +98,15 @@ impl Service {
 
     /// The shim's configuration, or the one that the request's options name.
     async fn configuration(&self, options: Option<&Any>) -> Result<(Arc<Config>, Arc<pve::Client>)> {
-        let options = match options {
-            Some(any) => RuntimeOptions::from_any(&any.type_url, &any.value)
-                .map_err(|error| Error::Argument { field: "options", reason: error.to_string() })?,
-            None => None,
-        };
-        let Some(options) = options.filter(|o| !o.is_empty()) else {
+        // Only options that name a configuration change anything: a foreign type was warned of at
+        // the start.
+        let own = options
+            .map(|any| RuntimeOptions::from_any(&any.type_url, &any.value))
+            .transpose()
+            .map_err(ConfigError::from)?
+            .flatten()
+            .filter(|options| *options != RuntimeOptions::default());
+        let Some(options) = own else {
             return Ok((self.env.config.clone(), self.env.pve.clone()));
         };
         let config = blocking(move || Ok(Config::resolve(Some(&options))?)).await?;

@@ -17,12 +17,29 @@ const MAX: i64 = i64::MAX;
 pub const ARCHS: &[&str] = &["amd64", "i386", "arm64", "armhf", "riscv32", "riscv64"];
 /// Kinds of operating system that Proxmox VE knows how to set up.
 pub const OSTYPES: &[&str] = &[
-    "debian", "devuan", "ubuntu", "centos", "fedora", "opensuse", "archlinux", "alpine", "gentoo",
-    "nixos", "unmanaged",
+    "debian",
+    "devuan",
+    "ubuntu",
+    "centos",
+    "fedora",
+    "opensuse",
+    "archlinux",
+    "alpine",
+    "gentoo",
+    "nixos",
+    "unmanaged",
 ];
 /// Values of the `lock` property.
 pub const LOCKS: &[&str] = &[
-    "backup", "create", "destroyed", "disk", "fstrim", "migrate", "mounted", "rollback", "snapshot",
+    "backup",
+    "create",
+    "destroyed",
+    "disk",
+    "fstrim",
+    "migrate",
+    "mounted",
+    "rollback",
+    "snapshot",
     "snapshot-delete",
 ];
 
@@ -250,7 +267,11 @@ impl Section {
 
     /// Whether the key is set.
     pub fn has(&self, key: &str) -> bool {
-        if key == "description" { self.description.is_some() } else { self.values.contains_key(key) }
+        if key == "description" {
+            self.description.is_some()
+        } else {
+            self.values.contains_key(key)
+        }
     }
 
     /// All keys with their API values, the notes among them; without raw lines.
@@ -402,8 +423,9 @@ fn parse_line(
         "delete" if in_pending => {
             section.values.insert("delete".into(), Value::Text(value.to_owned()));
         }
-        "delete" => warnings
-            .push(format!("vm {vmid} - property 'delete' is only allowed in [pve:pending]")),
+        "delete" => {
+            warnings.push(format!("vm {vmid} - property 'delete' is only allowed in [pve:pending]"))
+        }
         _ => {
             let (typed, warning) = check_type(key, value);
             if let Some(warning) = warning {
@@ -419,8 +441,8 @@ fn split_raw(line: &str) -> Option<(&str, &str)> {
     if !line.starts_with("lxc.") {
         return None;
     }
-    let end = line
-        .find(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || "_-.".contains(c)))?;
+    let end =
+        line.find(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || "_-.".contains(c)))?;
     if end <= "lxc.".len() {
         return None;
     }
@@ -775,7 +797,10 @@ mod tests {
 
         let case = golden::case("snapshots");
         let (config, _) = parse(&case.conf, 500);
-        assert_eq!(config.api_snapshot("snap1").unwrap(), case.json("api-snap1.json").unwrap()["data"]);
+        assert_eq!(
+            config.api_snapshot("snap1").unwrap(),
+            case.json("api-snap1.json").unwrap()["data"]
+        );
         assert_eq!(config.api_snapshot("nope"), None);
     }
 
@@ -793,10 +818,32 @@ mod tests {
     #[test]
     fn hostile_input_never_panics_and_settles_after_one_write() {
         let odd = [
-            "", "\n\n", "[", "[]", "[pve:pending]", "[a]\n[a]\nx: 1", "%", "#%", "#%zz%4", "lxc.", "lxc.=",
-            "lxc.cap.drop", "lxc.cap.drop=", "a:", ":", "memory: -1", "memory: 99999999999999999999",
-            "\u{0}: 1", "net: x", "delete: x", "[pve:pending]\ndelete: !memory,,x", "#\u{e4}\nä: 1\n",
-            "description: a%0Ab\n#c", "cpulimit: NaN", "lxc.environment.runtime: ", "#\n#\n",
+            "",
+            "\n\n",
+            "[",
+            "[]",
+            "[pve:pending]",
+            "[a]\n[a]\nx: 1",
+            "%",
+            "#%",
+            "#%zz%4",
+            "lxc.",
+            "lxc.=",
+            "lxc.cap.drop",
+            "lxc.cap.drop=",
+            "a:",
+            ":",
+            "memory: -1",
+            "memory: 99999999999999999999",
+            "\u{0}: 1",
+            "net: x",
+            "delete: x",
+            "[pve:pending]\ndelete: !memory,,x",
+            "#\u{e4}\nä: 1\n",
+            "description: a%0Ab\n#c",
+            "cpulimit: NaN",
+            "lxc.environment.runtime: ",
+            "#\n#\n",
         ];
         for text in odd {
             let once = parse(text, 100).0.render();

@@ -341,7 +341,9 @@ fn networks(g: &mut Lines, conf: &Section, vmid: u32, host: &Host) -> Result<(),
                 .ok_or_else(|| format!("bridge '{bridge}' does not exist"))?;
             if let Some(m) = mtu.as_deref().and_then(|m| m.parse::<u32>().ok()) {
                 if m > limit {
-                    return Err(format!("{key}: MTU size '{m}' is bigger than bridge MTU '{limit}'"));
+                    return Err(format!(
+                        "{key}: MTU size '{m}' is bigger than bridge MTU '{limit}'"
+                    ));
                 }
             }
             mtu = mtu.or_else(|| Some(limit.to_string()));
@@ -411,7 +413,17 @@ mod tests {
 
     /// The node of the recordings, with all controllers.
     fn stock() -> Host {
-        let special = ["alpine", "archlinux", "centos", "debian", "devuan", "fedora", "gentoo", "opensuse", "ubuntu"];
+        let special = [
+            "alpine",
+            "archlinux",
+            "centos",
+            "debian",
+            "devuan",
+            "fedora",
+            "gentoo",
+            "opensuse",
+            "ubuntu",
+        ];
         Host {
             lxc_path: "/var/lib/lxc".into(),
             config_dir: "/usr/share/lxc/config".into(),
@@ -471,7 +483,9 @@ mod tests {
                     assert_eq!(got.unwrap_err(), error.trim_end(), "{}", case.name);
                 }
                 // A template has no generated file.
-                (None, None) => assert_eq!(config.current.int("template"), Some(1), "{}", case.name),
+                (None, None) => {
+                    assert_eq!(config.current.int("template"), Some(1), "{}", case.name)
+                }
                 (Some(_), Some(_)) => panic!("{}: both a result and an error", case.name),
             }
         }

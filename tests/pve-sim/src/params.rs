@@ -131,9 +131,9 @@ impl Spec {
     /// Whether `name` is this parameter.
     pub fn matches(&self, name: &str) -> bool {
         match self.name.strip_suffix("[n]") {
-            Some(prefix) => name
-                .strip_prefix(prefix)
-                .is_some_and(|n| !n.is_empty() && n.len() <= 3 && n.bytes().all(|b| b.is_ascii_digit())),
+            Some(prefix) => name.strip_prefix(prefix).is_some_and(|n| {
+                !n.is_empty() && n.len() <= 3 && n.bytes().all(|b| b.is_ascii_digit())
+            }),
             None => self.name == name,
         }
     }
@@ -181,7 +181,8 @@ pub fn verify_value(spec: &Spec, name: &str, value: &str) -> Result<(), String> 
             Ok(())
         }
         Kind::Number(min, max) => {
-            let plain = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit() || b == b'.' || b == b'-');
+            let plain = !value.is_empty()
+                && value.bytes().all(|b| b.is_ascii_digit() || b == b'.' || b == b'-');
             let Some(n) = value.parse::<f64>().ok().filter(|_| plain) else {
                 return Err(type_error("number"));
             };
@@ -290,7 +291,8 @@ mod tests {
 
     #[test]
     fn json_bodies_keep_numbers_as_text() {
-        let params = Params::from_json(br#"{"cores":1,"description":"json","x":null,"b":true}"#).unwrap();
+        let params =
+            Params::from_json(br#"{"cores":1,"description":"json","x":null,"b":true}"#).unwrap();
         assert_eq!(params.get("cores"), Some("1"));
         assert_eq!(params.get("b"), Some("1"));
         assert_eq!(params.get("x"), None);

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
 pub mod cgroup;
@@ -8,6 +7,3 @@ pub mod exec;
 pub mod exit;
 pub mod init;
 pub mod rootfs;
-=======
-pub mod config;
->>>>>>> oci

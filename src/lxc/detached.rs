@@ -151,7 +151,8 @@ mod tests {
 
     #[test]
     fn a_missing_source_is_named_with_its_destination() {
-        let error = open(Path::new("/no/such"), "/data", false, MountAttributes::default(), PRIVATE);
+        let error =
+            open(Path::new("/no/such"), "/data", false, MountAttributes::default(), PRIVATE);
         let text = error.unwrap_err().to_string();
         for part in ["/no/such", "/data", "no such file or directory"] {
             assert!(text.contains(part), "{text}");
@@ -229,7 +230,8 @@ mod tests {
             let clone = open(base, "/x", false, none, &[kind]).unwrap();
             let target = File::open(at.path()).unwrap();
             mount(Some("p"), at.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-            mount(None::<&str>, at.path(), None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            mount(None::<&str>, at.path(), None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
+                .unwrap();
             drop(target);
             let inner = at.path().join("m");
             fs::create_dir(&inner).unwrap();
@@ -237,11 +239,8 @@ mod tests {
             api::attach(clone.fd.as_fd(), target.as_fd()).unwrap();
             let real = inner.canonicalize().unwrap();
             let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-            let line = table
-                .lines()
-                .find(|l| l.split(' ').nth(4) == real.to_str())
-                .unwrap()
-                .to_owned();
+            let line =
+                table.lines().find(|l| l.split(' ').nth(4) == real.to_str()).unwrap().to_owned();
             umount2(at.path(), MntFlags::MNT_DETACH).unwrap();
             line
         };

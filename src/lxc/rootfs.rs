@@ -30,7 +30,9 @@ const BUSY_ATTEMPTS: u32 = 50;
 /// One mount as containerd asks for it (`containerd.types.Mount`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RootfsMount {
+    /// `type` in containerd's message.
     pub fstype: String,
+    /// A directory, a device, or a mere name, as the type has it.
     pub source: String,
     /// Below the rootfs; empty for the rootfs itself.
     pub target: String,
@@ -51,7 +53,10 @@ pub enum Error {
     #[error("rootfs mount option {option:?} of type {fstype} is not supported yet")]
     UnsupportedOption { fstype: String, option: String },
     /// The kernel refused an option.
-    #[error("rootfs mount option {option:?} of type {fstype} is refused by the kernel: {}{details}", text(source))]
+    #[error(
+        "rootfs mount option {option:?} of type {fstype} is refused by the kernel: {}{details}",
+        text(source)
+    )]
     Option { fstype: String, option: String, details: String, source: io::Error },
     /// The target is no directory, or a symbolic link.
     #[error("open rootfs {}: {}", path.display(), text(source))]
@@ -84,6 +89,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// The rootfs.
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
@@ -123,8 +129,7 @@ fn mount_one(mount: &RootfsMount, rootfs: &Path) -> Result<(), Error> {
     let options = Options::parse(&mount.options);
     let bind = options.bind.is_some() || mount.fstype == "bind";
     let attach = |tree: &OwnedFd| {
-        api::attach(tree.as_fd(), directory.as_fd())
-            .map_err(|e| failed(mount, &target, text(&e)))
+        api::attach(tree.as_fd(), directory.as_fd()).map_err(|e| failed(mount, &target, text(&e)))
     };
     if bind {
         return attach(&clone_bind(mount, &options, &target)?);
@@ -270,10 +275,7 @@ fn unescaped(path: &str) -> String {
 
 fn clone_bind(mount: &RootfsMount, options: &Options, target: &Path) -> Result<OwnedFd, Error> {
     if let Some(option) = options.data.first() {
-        return Err(Error::UnsupportedOption {
-            fstype: "bind".to_owned(),
-            option: option.clone(),
-        });
+        return Err(Error::UnsupportedOption { fstype: "bind".to_owned(), option: option.clone() });
     }
     let error = |e: io::Error| failed(mount, target, text(&e));
     let recursive = options.bind.unwrap_or(false);
@@ -348,10 +350,8 @@ fn detached(mount: &RootfsMount, options: &Options, target: &Path) -> Result<Own
     let tree = fs
         .mount(options.attributes)
         .map_err(|e| failed(mount, target, text(&e) + &details(&fs)))?;
-    let propagation_only = Options {
-        propagation: options.propagation.clone(),
-        ..Options::default()
-    };
+    let propagation_only =
+        Options { propagation: options.propagation.clone(), ..Options::default() };
     change(&tree, &propagation_only).map_err(|e| failed(mount, target, text(&e)))?;
     Ok(tree)
 }
@@ -443,8 +443,11 @@ fn classic_overlay(
 }
 
 /// Removes all mounts at `target` and below it, however many lie upon each other, and whoever made
-/// them: also those of a shim that crashed. Nothing mounted, or no such directory, is fine. Blocks, for
-/// up to half a second while a mount is busy.
+/// them: also those of a shim that crashed. Nothing mounted, or no such directory, is fine.
+///
+/// Blocks: for up to half a second while a mount is busy, and for as long as the kernel takes to write
+/// out the upper directory's file system, which it does with every overlay that is not `volatile`
+/// (milliseconds, or hundreds of them on a disk that others write to).
 ///
 /// # Errors
 /// [`Error::Unmount`].
@@ -596,7 +599,8 @@ mod tests {
         fs::write(Path::new(&layers[119]).join("file"), "deep").unwrap();
         assert!(layers.join(":").len() > 5000);
         let start = Instant::now();
-        let mounted = mount(&[place.overlay(&layers, &["index=off"])], &place.path("rootfs")).unwrap();
+        let mounted =
+            mount(&[place.overlay(&layers, &["index=off"])], &place.path("rootfs")).unwrap();
         eprintln!("120 layers: {:?}", start.elapsed());
         assert_eq!(fs::read_to_string(place.path("rootfs/file")).unwrap(), "deep");
         fs::write(place.path("rootfs/new"), "").unwrap();
@@ -757,7 +761,7 @@ mod tests {
         let missing = place.overlay(&["/does/not/exist".into()], &[]);
         let text = mount(&[missing], &place.path("rootfs")).unwrap_err().to_string();
         assert!(text.contains("/does/not/exist"), "{text}");
-        let unknown = place.overlay(&[good.clone()], &["nonsense=1"]);
+        let unknown = place.overlay(std::slice::from_ref(&good), &["nonsense=1"]);
         let text = mount(&[unknown], &place.path("rootfs")).unwrap_err().to_string();
         assert!(text.contains("nonsense"), "{text}");
     }

@@ -100,8 +100,7 @@ impl Filesystem {
     pub fn open(fstype: &str) -> io::Result<Self> {
         let fstype = c_string(fstype.as_bytes())?;
         // SAFETY: `fstype` is a C string that outlives the call.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), libc::FSOPEN_CLOEXEC) };
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), libc::FSOPEN_CLOEXEC) };
         owned(fd).map(Self)
     }
 
@@ -154,7 +153,12 @@ impl Filesystem {
         all.join("; ")
     }
 
-    fn configure(&self, command: c_int, key: *const c_char, value: *const c_char) -> io::Result<()> {
+    fn configure(
+        &self,
+        command: c_int,
+        key: *const c_char,
+        value: *const c_char,
+    ) -> io::Result<()> {
         // SAFETY: the callers pass C strings that outlive the call, or null where the command
         // takes none.
         let r = unsafe {

@@ -8,8 +8,20 @@ use super::{Error, read};
 
 /// The controllers of cgroup v1. A mount's options also hold things that are none.
 const V1_CONTROLLERS: [&str; 14] = [
-    "cpuset", "cpu", "cpuacct", "blkio", "memory", "devices", "freezer", "net_cls", "perf_event",
-    "net_prio", "hugetlb", "pids", "rdma", "misc",
+    "cpuset",
+    "cpu",
+    "cpuacct",
+    "blkio",
+    "memory",
+    "devices",
+    "freezer",
+    "net_cls",
+    "perf_event",
+    "net_prio",
+    "hugetlb",
+    "pids",
+    "rdma",
+    "misc",
 ];
 
 /// How the host uses cgroups.
@@ -24,6 +36,8 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// Of this host.
+    ///
     /// # Errors
     /// No cgroup hierarchy is mounted.
     pub fn detect() -> Result<Self, Error> {
@@ -34,16 +48,20 @@ impl Mode {
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hierarchy {
+    /// Its version and controllers.
     pub kind: Kind,
+    /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// The cgroup that the mount shows at its top; `/` unless the host is itself a container.
     root: String,
 }
 
+/// The identity of a hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// The controllers, and `name=…` for a named hierarchy.
     V1(Vec<String>),
+    /// The one cgroup2 hierarchy.
     V2,
 }
 
@@ -101,17 +119,18 @@ impl Hierarchies {
         if found.is_empty() { Err(Error::NoHierarchy) } else { Ok(Self(found)) }
     }
 
-    #[must_use]
+    /// In the order of the mount table.
     pub fn iter(&self) -> std::slice::Iter<'_, Hierarchy> {
         self.0.iter()
     }
 
+    /// Named v1 hierarchies, which have no controller, do not make a host hybrid.
     #[must_use]
     pub fn mode(&self) -> Mode {
         let v2 = self.iter().any(|h| h.kind == Kind::V2);
-        let v1 = self.iter().any(|h| {
-            matches!(&h.kind, Kind::V1(c) if c.iter().any(|c| !c.starts_with("name=")))
-        });
+        let v1 = self
+            .iter()
+            .any(|h| matches!(&h.kind, Kind::V1(c) if c.iter().any(|c| !c.starts_with("name="))));
         match (v1, v2) {
             (true, true) => Mode::Hybrid,
             (false, true) => Mode::V2,
@@ -280,11 +299,8 @@ mod tests {
         let memory: Vec<_> = found.iter().filter(|h| h.has("memory")).collect();
         assert_eq!(memory.len(), 1);
         assert_eq!(memory[0].mountpoint, PathBuf::from("/sys/fs/cgroup/memory"));
-        let container: Vec<_> = found
-            .for_container()
-            .into_iter()
-            .map(|h| (h.name, h.options, h.unified))
-            .collect();
+        let container: Vec<_> =
+            found.for_container().into_iter().map(|h| (h.name, h.options, h.unified)).collect();
         let expected = [
             ("memory", "memory", false),
             ("cpu,cpuacct", "cpu,cpuacct", false),
@@ -299,13 +315,17 @@ mod tests {
 
     #[test]
     fn a_host_with_named_v1_hierarchies_beside_cgroup2_is_v2() {
-        let text = format!("{NODE}40 31 0:37 / /sys/fs/cgroup/elogind rw - cgroup c rw,name=elogind\n");
+        let text =
+            format!("{NODE}40 31 0:37 / /sys/fs/cgroup/elogind rw - cgroup c rw,name=elogind\n");
         assert_eq!(Hierarchies::parse(&text).unwrap().mode(), Mode::V2);
     }
 
     #[test]
     fn no_hierarchy_is_an_error() {
-        assert!(matches!(Hierarchies::parse("1 1 0:1 / / rw - ext4 x rw\n"), Err(Error::NoHierarchy)));
+        assert!(matches!(
+            Hierarchies::parse("1 1 0:1 / / rw - ext4 x rw\n"),
+            Err(Error::NoHierarchy)
+        ));
     }
 
     #[test]

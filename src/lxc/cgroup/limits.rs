@@ -93,7 +93,8 @@ impl Cgroup {
     fn apply_cpuset(&self, r: &Resources) -> Result<(), Error> {
         for (file, list) in [("cpuset.cpus", &r.cpuset_cpus), ("cpuset.mems", &r.cpuset_mems)] {
             let Some(list) = list.as_deref().filter(|list| !list.is_empty()) else { continue };
-            let (place, version) = self.require("cpuset", "cpuset", "a set of cpus or memory nodes")?;
+            let (place, version) =
+                self.require("cpuset", "cpuset", "a set of cpus or memory nodes")?;
             match version {
                 Version::V1 => cpuset_v1(place, file, list)?,
                 Version::V2 => place.set(file, list)?,
@@ -558,7 +559,10 @@ mod tests {
                 Resources { pids_limit: Some(Limit::Value(0)), ..Resources::default() },
                 &[("pids.max", "max")],
             ),
-            (Resources { blkio_weight: Some(500), ..Resources::default() }, &[("io.weight", "4950")]),
+            (
+                Resources { blkio_weight: Some(500), ..Resources::default() },
+                &[("io.weight", "4950")],
+            ),
             (
                 Resources { blkio_write_iops: vec![(8, 0, 7)], ..Resources::default() },
                 &[("io.max", "8:0 wiops=7")],
@@ -630,7 +634,8 @@ mod tests {
 
     #[test]
     fn a_missing_controller_or_file_is_named() {
-        let (_dir, cgroup) = fake(Kind::V2, &[("cgroup.controllers", "memory\n"), ("memory.high", "")]);
+        let (_dir, cgroup) =
+            fake(Kind::V2, &[("cgroup.controllers", "memory\n"), ("memory.high", "")]);
         let pids = Resources { pids_limit: Some(Limit::Value(1)), ..Resources::default() };
         let text = cgroup.apply(&pids, false).unwrap_err().to_string();
         assert!(text.contains("\"pids\""), "{text}");

@@ -265,7 +265,8 @@ fn blkio_line(line: &str) -> Option<v1::BlkIOEntry> {
 
 /// `/dev/sda`, from sysfs; empty for a device that is gone.
 fn device_name(major: u64, minor: u64) -> String {
-    let uevent = read(format!("/sys/dev/block/{major}:{minor}/uevent").as_ref()).unwrap_or_default();
+    let uevent =
+        read(format!("/sys/dev/block/{major}:{minor}/uevent").as_ref()).unwrap_or_default();
     uevent
         .lines()
         .find_map(|line| line.strip_prefix("DEVNAME="))
@@ -450,7 +451,10 @@ mod tests {
                 ("memory.current", "4096\n"),
                 ("memory.max", "8192\n"),
                 ("memory.swap.max", "max\n"),
-                ("memory.stat", "anon 1000\nfile 2000\nworkingset_refault_anon 1\nworkingset_refault_file 2\n"),
+                (
+                    "memory.stat",
+                    "anon 1000\nfile 2000\nworkingset_refault_anon 1\nworkingset_refault_file 2\n",
+                ),
                 ("memory.events", "low 0\nhigh 0\nmax 5\noom 1\noom_kill 1\n"),
                 ("io.stat", "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n8:16\n"),
                 ("hugetlb.2MB.max", "max\n"),
@@ -488,9 +492,15 @@ mod tests {
                 ("cpu.stat", "nr_periods 1\nnr_throttled 2\nthrottled_time 3\n"),
                 ("memory.usage_in_bytes", "4096\n"),
                 ("memory.limit_in_bytes", "8192\n"),
-                ("memory.stat", "rss 0\ntotal_rss 77\ntotal_inactive_file 8\nhierarchical_memsw_limit 9\n"),
+                (
+                    "memory.stat",
+                    "rss 0\ntotal_rss 77\ntotal_inactive_file 8\nhierarchical_memsw_limit 9\n",
+                ),
                 ("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"),
-                ("blkio.throttle.io_service_bytes_recursive", "8:0 Read 10\n8:0 Write 20\nTotal 30\n"),
+                (
+                    "blkio.throttle.io_service_bytes_recursive",
+                    "8:0 Read 10\n8:0 Write 20\nTotal 30\n",
+                ),
             ],
         );
         let any = cgroup.metrics().unwrap();

@@ -51,7 +51,9 @@ pub enum Error {
     #[error("process {pid} is in no cgroup of a CT (none of its cgroups has a directory \"ns\")")]
     NotInCt { pid: i32 },
     /// A limit cannot be honoured.
-    #[error("{needed_for} needs the cgroup controller {controller:?}, which the CT does not have: enable it on the host")]
+    #[error(
+        "{needed_for} needs the cgroup controller {controller:?}, which the CT does not have: enable it on the host"
+    )]
     NoController { controller: &'static str, needed_for: &'static str },
     /// A limit cannot be honoured.
     #[error("{field}: {reason}")]
@@ -254,9 +256,10 @@ impl Cgroup {
 /// The cgroup above the inner one: everything up to the first directory `ns` that has a parent. PID 1
 /// itself may be deeper if it is an init system.
 fn split_inner(cgroup: &str) -> Option<&str> {
-    let at = cgroup.match_indices("/ns").map(|(at, _)| at).find(|&at| {
-        at > 0 && matches!(cgroup.as_bytes().get(at + 3), None | Some(b'/'))
-    })?;
+    let at = cgroup
+        .match_indices("/ns")
+        .map(|(at, _)| at)
+        .find(|&at| at > 0 && matches!(cgroup.as_bytes().get(at + 3), None | Some(b'/')))?;
     Some(&cgroup[..at])
 }
 
@@ -316,11 +319,7 @@ fn write(path: &Path, value: &str) -> Result<(), Error> {
         .write(true)
         .open(path)
         .and_then(|mut file| file.write_all(value.as_bytes()))
-        .map_err(|source| Error::Write {
-            path: path.to_owned(),
-            value: value.to_owned(),
-            source,
-        })
+        .map_err(|source| Error::Write { path: path.to_owned(), value: value.to_owned(), source })
 }
 
 fn open(path: &Path, flags: i32) -> Result<OwnedFd, Error> {

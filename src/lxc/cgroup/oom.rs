@@ -61,9 +61,7 @@ impl Cgroup {
         let failed = |source: io::Error| Error::Watch { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         let source = match version {
-            Version::V2 => {
-                Source::V2(sys::watch_priority(OwnedFd::from(file)).map_err(failed)?)
-            }
+            Version::V2 => Source::V2(sys::watch_priority(OwnedFd::from(file)).map_err(failed)?),
             Version::V1 => {
                 // An OOM of a cgroup is told to all cgroups below it, never to those above: the
                 // inner one hears of its own limits and of the outer ones.

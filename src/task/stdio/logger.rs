@@ -104,7 +104,10 @@ impl Logger {
     }
 
     /// Waits until it has ended by itself, within bounds.
-    pub(super) fn ended(&self, bound: Duration) -> impl Future<Output = ()> + Send + 'static + use<> {
+    pub(super) fn ended(
+        &self,
+        bound: Duration,
+    ) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut ended = self.ended.clone();
         async move {
             // An error means that the supervisor is gone, and the logger with it.

@@ -176,8 +176,8 @@ impl Stdio {
     /// [`Error::NoTerminal`] if none was asked for, or there is one already; [`Error::Terminal`].
     pub fn attach_terminal(&mut self, master: OwnedFd) -> Result<(), Error> {
         let pending = self.pending.take().ok_or(Error::NoTerminal)?;
-        let terminal = Terminal::start(master, pending.input, pending.output)
-            .map_err(Error::Terminal)?;
+        let terminal =
+            Terminal::start(master, pending.input, pending.output).map_err(Error::Terminal)?;
         if let Some((columns, rows)) = self.size {
             terminal.resize(columns, rows).map_err(Error::Terminal)?;
         }
@@ -344,8 +344,11 @@ fn open(path: &Path, options: &mut OpenOptions, flags: i32) -> io::Result<OwnedF
 
 fn null(stream: &'static str, write: bool) -> Result<OwnedFd, Error> {
     let path = Path::new("/dev/null");
-    open(path, OpenOptions::new().read(!write).write(write), 0)
-        .map_err(|source| Error::Open { stream, path: path.to_owned(), source })
+    open(path, OpenOptions::new().read(!write).write(write), 0).map_err(|source| Error::Open {
+        stream,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// A log file, with its parents. On the blocking pool: it may lie on a slow disk or on the network.

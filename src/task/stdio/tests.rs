@@ -53,7 +53,13 @@ impl Place {
         }
     }
 
-    async fn open(&self, stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Result<Stdio, Error> {
+    async fn open(
+        &self,
+        stdin: &str,
+        stdout: &str,
+        stderr: &str,
+        terminal: bool,
+    ) -> Result<Stdio, Error> {
         let request = StdioRequest {
             stdin: stdin.into(),
             stdout: stdout.into(),

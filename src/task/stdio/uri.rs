@@ -40,7 +40,9 @@ impl Stream {
             return Ok(Self::Path(text.into()));
         };
         if !matches!(scheme, "fifo" | "file" | "binary" | "binary-v2") {
-            return Err(invalid("has an unknown scheme (fifo, file, binary and binary-v2 are known)"));
+            return Err(invalid(
+                "has an unknown scheme (fifo, file, binary and binary-v2 are known)",
+            ));
         }
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let path = path.strip_prefix("//").unwrap_or(path);
@@ -125,9 +127,15 @@ mod tests {
 
     #[test]
     fn others_are_refused_with_the_uri() {
-        for text in
-            ["npipe:///x", "binary://host/x", "file://", "fifo:///a%0", "binary:///x?a=%zz", "/a\0b", "file:///%00"]
-        {
+        for text in [
+            "npipe:///x",
+            "binary://host/x",
+            "file://",
+            "fifo:///a%0",
+            "binary:///x?a=%zz",
+            "/a\0b",
+            "file:///%00",
+        ] {
             let error = Stream::parse(text).unwrap_err().to_string();
             assert!(error.contains(&format!("{text:?}")), "{error}");
         }

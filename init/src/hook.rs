@@ -64,7 +64,8 @@ fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Option<Exit> {
 /// The rule of all sources.
 ///
 /// After `reboot(2)` the kernel gives the wait status SIGHUP (restart) or SIGINT (halt, power off)
-/// to the parent only, and 0 to a pidfd; so a 0 is compared with what liblxc saw.
+/// to the parent only. A pidfd shows how PID 1 really ended: 0 if it made the call itself, SIGKILL
+/// if another process of the CT did. So these two are compared with what liblxc saw.
 fn decide(
     target: Option<&OsStr>,
     wait_status: Option<i32>,
@@ -83,7 +84,7 @@ fn decide(
         (None, Some(signal)) => 128 + signal as u32,
         (None, None) => return log().map(from_log),
     };
-    if status == 0 {
+    if matches!(status, 0 | 137) {
         let reboot = [libc::SIGHUP, libc::SIGINT].map(|s| 128 + s as u32);
         if let Some(logged) = log().filter(|s| reboot.contains(s)) {
             return Some(from_log(logged));
@@ -147,7 +148,7 @@ fn read_tail(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// The status in liblxc's log: the last line ` - Child <PID> ended on error (N)` or `… on signal
-/// (N)`. liblxc writes none for the status 0.
+/// NAME(N)`. liblxc writes none for the status 0.
 ///
 /// Only whole lines of exactly this form count: other lines quote text that the container can
 /// influence, such as names.
@@ -167,11 +168,12 @@ fn parse_log_line(line: &str) -> Option<u32> {
     }
     let (pid, tail) = tail.split_once("> ended on ")?;
     pid.parse::<u32>().ok()?;
-    let (kind, number) = tail.strip_suffix(')')?.split_once(" (")?;
+    let (kind, number) = tail.strip_suffix(')')?.split_once('(')?;
     let number: u32 = number.parse().ok()?;
-    match kind {
-        "error" if number <= 255 => Some(number),
-        "signal" if (1..=64).contains(&number) => Some(128 + number),
+    // "error (7)", "signal Killed(9)", in older versions "signal (9)".
+    match kind.split_once(' ')? {
+        ("error", "") if number <= 255 => Some(number),
+        ("signal", _) if (1..=64).contains(&number) => Some(128 + number),
         _ => None,
     }
 }
@@ -364,11 +366,20 @@ mod tests {
         let log = |lines: &[&str]| parse_log(lines.join("\n").as_bytes());
         assert_eq!(log(&[]), 0);
         assert_eq!(log(&[&format!("{HEAD} - Child <12> ended on error (7)")]), 7);
-        let signal = format!("{HEAD} - Child <12> ended on signal (9)");
+        let signal = format!("{HEAD} - Child <12> ended on signal Killed(9)");
         assert_eq!(
             log(&[&format!("{HEAD} - Child <1> ended on error (3)"), &signal, "x", ""]),
             137
         );
+    }
+
+    #[test]
+    fn signals_are_read_with_and_without_a_name() {
+        for (text, status) in [("(2)", 130), ("Interrupt(2)", 130), ("Real-time signal 6(40)", 168)]
+        {
+            let line = format!("{HEAD} - Child <12> ended on signal {text}");
+            assert_eq!(parse_log(line.as_bytes()), status);
+        }
     }
 
     #[test]
@@ -378,6 +389,10 @@ mod tests {
             " - Child <12> ended on error (7)".to_owned(),
             format!("{HEAD} - Child <12> ended on error (7) "),
             format!("{HEAD} - Child <12> ended on error (256)"),
+            format!("{HEAD} - Child <12> ended on error x(7)"),
+            format!("{HEAD} - Child <12> ended on error 3 (7)"),
+            format!("{HEAD} - Child <12> ended on signal A(1)(2)"),
+            format!("{HEAD} - Child <12> ended on signal"),
             format!("{HEAD} - Child <12> ended on signal (0)"),
             format!("{HEAD} - Child <12> ended on signal (65)"),
             format!("{HEAD} - Child <12> ended on error (-1)"),
@@ -408,6 +423,8 @@ mod tests {
             (stop, Some(0), None, exit(0, "pidfd")),
             // reboot(RB_POWER_OFF): the pidfd does not know.
             (stop, Some(0), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(137), exit(137, "pidfd")),
             // The log cannot turn a clean exit into another one.
             (stop, Some(0), Some(3), exit(0, "pidfd")),
             (None, None, Some(5), exit(5, "log")),

@@ -45,11 +45,12 @@ fn become_workload(channel: &Channel) -> Error {
             (Request::Go, _) => {}
             _ => return Err(Error::Protocol("expected Go")),
         }
-        hook::run_start_hooks(&setup.start_hooks, &setup.state_json)?;
         Ok((setup, root))
     };
     match prepare() {
-        Ok((setup, root)) => process::execute(&setup.process, root),
+        Ok((setup, root)) => process::execute(&setup.process, root, || {
+            hook::run_start_hooks(&setup.start_hooks, &setup.state_json)
+        }),
         Err(error) => error,
     }
 }

@@ -259,7 +259,7 @@ fn hostile_images_are_refused() {
     needs_ct!();
     // (what the image contains, what is asked for, the message)
     type Case = (fn(&Ct), fn(&mut ContainerSetup), &'static str);
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
         (
             |ct| {
                 fs::remove_dir(ct.rootfs().join("sys")).unwrap();
@@ -284,7 +284,12 @@ fn hostile_images_are_refused() {
         (
             |_| {},
             |s| s.mounts.push(filesystem("/x/..", "tmpfs", 0, "")),
-            "error mounting \"tmpfs\" to rootfs at \"/x/..\": \"/x/..\" is the container's root",
+            "error mounting \"tmpfs\" to rootfs at \"/x/..\": \"/\" is the container's root",
+        ),
+        (
+            |ct| symlink("/", ct.rootfs().join("top")).unwrap(),
+            |s| s.mounts.push(filesystem("/top", "tmpfs", 0, "")),
+            "error mounting \"tmpfs\" to rootfs at \"/top\": \"/top\" is the container's root",
         ),
         (
             |ct| symlink("b", ct.rootfs().join("b")).unwrap(),
@@ -475,11 +480,24 @@ fn start_hooks_run_before_the_workload() {
         env: strings(&["PATH=/bin", "H=1"]),
         timeout: Some(10),
     };
-    let mut ct = Ct::new();
-    let mut good = setup(&["cat", "/tmp/hook"]);
-    good.start_hooks =
-        vec![hook("cat > /tmp/hook; echo $H >> /tmp/hook; ls /proc/self/fd | wc -l >> /tmp/hook")];
-    assert_eq!(ct.run(&good, &[]), "{\"id\":\"x\"}1\n4\n");
+    // With the restrictions of the workload: what a hook executes comes from the image.
+    let script = "cat > /tmp/hook; echo $H; id -u; ls /proc/self/fd | wc -l; mkdir /tmp/d; \
+                  grep -E 'CapEff|NoNew' /proc/self/status";
+    for no_new_privileges in [false, true] {
+        let mut ct = Ct::new();
+        let mut good = setup(&["cat", "/tmp/hook", "/tmp/out"]);
+        good.start_hooks = vec![hook(&format!("({script}) > /tmp/out 2>&1"))];
+        good.process.uid = 77;
+        good.process.no_new_privileges = no_new_privileges;
+        good.process.seccomp =
+            Some(Seccomp { flags: 0, program: filter(&[libc::SYS_mkdir], RET_EPERM) });
+        let wanted = format!(
+            "{{\"id\":\"x\"}}1\n77\n4\nmkdir: can't create directory '/tmp/d': Operation not \
+             permitted\nCapEff:\t0000000000000000\nNoNewPrivs:\t{}\n",
+            u32::from(no_new_privileges)
+        );
+        assert_eq!(ct.run(&good, &[]), wanted);
+    }
 
     let mut ct = Ct::new();
     let mut bad = setup(&["touch", "/tmp/ran"]);
@@ -697,6 +715,31 @@ fn assert_record(ct: &Ct, status: u32, sources: &[&str]) {
 }
 
 #[test]
+fn an_oom_kill_is_counted() {
+    needs_ct!();
+    let mut ct = Ct::new();
+    let stdio = [null(), null(), null()];
+    let (reply, _) = ct.set_up(&setup(&["tail", "/dev/zero"]), &[], &stdio);
+    assert!(matches!(reply, Reply::Ready { .. }), "{reply:?}");
+    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", ct.pid)).unwrap();
+    let path = |controller: &str| {
+        let line = cgroups.lines().find(|l| l.split(':').nth(1) == Some(controller))?;
+        line.splitn(3, ':').nth(2)
+    };
+    let (directory, limit) = match path("memory") {
+        Some(path) => (format!("/sys/fs/cgroup/memory{path}"), "memory.limit_in_bytes"),
+        None => (format!("/sys/fs/cgroup{}", path("").unwrap()), "memory.max"),
+    };
+    fs::write(format!("{directory}/{limit}"), "8388608").unwrap();
+    fs::write(ct.dir.join("cgroup"), &directory).unwrap();
+    ct.go().unwrap();
+    ct.wait();
+    let record = ct.record();
+    assert!(record.contains("\"status\":137,"), "{record}");
+    assert!(record.contains("\"oom_kills\":1,"), "{record}");
+}
+
+#[test]
 fn reboot_and_halt_are_exits() {
     needs_ct!();
     for (command, status, source) in
@@ -813,4 +856,42 @@ fn help_and_version_are_answered() {
     let version = String::from_utf8(run("--version").stdout).unwrap();
     assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
     assert_eq!(run("nonsense").status.code(), Some(2));
+}
+
+/// Times, for the release build: `cargo test --release … -- --ignored --nocapture times`.
+#[test]
+#[ignore = "a measurement"]
+fn times() {
+    needs_ct!();
+    let median = |mut times: Vec<std::time::Duration>| {
+        times.sort_unstable();
+        (times[times.len() / 2], times[times.len() * 9 / 10])
+    };
+    let (mut ready, mut go) = (Vec::new(), Vec::new());
+    for _ in 0..40 {
+        let mut ct = Ct::new();
+        ct.connect();
+        let begin = std::time::Instant::now();
+        let (reply, _) = ct.describe(&setup(&["sleep", "1000"]), &[], &[null(), null(), null()]);
+        ready.push(begin.elapsed());
+        assert!(matches!(reply, Reply::Ready { .. }), "{reply:?}");
+        let begin = std::time::Instant::now();
+        ct.go().unwrap();
+        go.push(begin.elapsed());
+    }
+    let mut ct = Ct::new();
+    ct.start(&setup(&["sleep", "1000"]));
+    let (mut exec, mut whole) = (Vec::new(), Vec::new());
+    let true_ = process(&["true"]);
+    for _ in 0..200 {
+        let begin = std::time::Instant::now();
+        let child = ct.exec(&true_, &[null(), null(), null()]).unwrap();
+        exec.push(begin.elapsed());
+        child.wait();
+        whole.push(begin.elapsed());
+    }
+    println!("Container sent to Ready (median, p90): {:?}", median(ready));
+    println!("Go to executed: {:?}", median(go));
+    println!("exec, helper spawned to executed: {:?}", median(exec));
+    println!("exec of true to reaped: {:?}", median(whole));
 }

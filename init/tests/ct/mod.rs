@@ -335,6 +335,16 @@ impl Ct {
         stdio: &[OwnedFd],
     ) -> (Reply, Vec<OwnedFd>) {
         self.connect();
+        self.describe(setup, mounts, stdio)
+    }
+
+    /// [`Ct::set_up`] of a CT that is connected.
+    pub fn describe(
+        &mut self,
+        setup: &ContainerSetup,
+        mounts: &[OwnedFd],
+        stdio: &[OwnedFd],
+    ) -> (Reply, Vec<OwnedFd>) {
         let memory = memfd(setup);
         let fds: Vec<BorrowedFd<'_>> =
             std::iter::once(&memory).chain(stdio).map(AsFd::as_fd).collect();

@@ -45,11 +45,12 @@ fn become_workload(channel: &Channel) -> Error {
             (Request::Go, _) => {}
             _ => return Err(Error::Protocol("expected Go")),
         }
-        hook::run_start_hooks(&setup.start_hooks, &setup.state_json)?;
         Ok((setup, root))
     };
     match prepare() {
-        Ok((setup, root)) => process::execute(&setup.process, root),
+        Ok((setup, root)) => process::execute(&setup.process, root, || {
+            hook::run_start_hooks(&setup.start_hooks, &setup.state_json)
+        }),
         Err(error) => error,
     }
 }
@@ -128,7 +129,16 @@ fn remove_traces() -> Result<()> {
         .attempt(|| "make the mounts private")?;
     // Lazily: this program runs from there until it executes the workload.
     sys::detach_mount(c"/dev").attempt(|| "remove the helper's mount from \"/dev\"")?;
-    sys::chdir(c"/").attempt(|| "enter the container's root")
+    sys::chdir(c"/").attempt(|| "enter the container's root")?;
+    // liblxc makes a missing /proc with mode 0, and the image's diff would show it.
+    let proc =
+        sys::openat(sys::cwd(), c"/proc", libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_DIRECTORY, 0);
+    if let Ok(proc) = proc {
+        if sys::fstat(proc.as_fd()).is_ok_and(|s| s.st_mode & 0o7777 == 0) {
+            sys::fchmod(proc.as_fd(), 0o755).attempt(|| "set the mode of \"/proc\"")?;
+        }
+    }
+    Ok(())
 }
 
 fn make_device(root: &Root, device: &Device) -> Result<()> {

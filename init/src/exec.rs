@@ -93,7 +93,7 @@ fn become_process(channel: &Channel, setup: &ExecSetup, stdio: Vec<OwnedFd>) -> 
         Ok(root)
     };
     match prepare() {
-        Ok(root) => process::execute(&setup.process, root),
+        Ok(root) => process::execute(&setup.process, root, || Ok(())),
         Err(error) => error,
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt, parent_id};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Result, errno_text};
@@ -20,6 +20,8 @@ const RECORD_VERSION: u32 = 1;
 const LOG_TAIL: u64 = 64 * 1024;
 /// lxc-start runs a hook by `sh -c`, which may or may not be replaced by the hook.
 const MAX_ANCESTORS: usize = 4;
+/// Milliseconds between two looks at a running hook.
+const HOOK_INTERVAL: i32 = 5;
 /// What is kept of a hook's output.
 const MAX_OUTPUT: usize = 4096;
 
@@ -64,7 +66,8 @@ fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Option<Exit> {
 /// The rule of all sources.
 ///
 /// After `reboot(2)` the kernel gives the wait status SIGHUP (restart) or SIGINT (halt, power off)
-/// to the parent only, and 0 to a pidfd; so a 0 is compared with what liblxc saw.
+/// to the parent only. A pidfd shows how PID 1 really ended: 0 if it made the call itself, SIGKILL
+/// if another process of the CT did. So these two are compared with what liblxc saw.
 fn decide(
     target: Option<&OsStr>,
     wait_status: Option<i32>,
@@ -77,13 +80,13 @@ fn decide(
     let Some(wait_status) = wait_status else {
         return log().map(from_log);
     };
-    let status = std::process::ExitStatus::from_raw(wait_status);
+    let status = ExitStatus::from_raw(wait_status);
     let status = match (status.code(), status.signal()) {
         (Some(code), _) => code as u32,
         (None, Some(signal)) => 128 + signal as u32,
         (None, None) => return log().map(from_log),
     };
-    if status == 0 {
+    if matches!(status, 0 | 137) {
         let reboot = [libc::SIGHUP, libc::SIGINT].map(|s| 128 + s as u32);
         if let Some(logged) = log().filter(|s| reboot.contains(s)) {
             return Some(from_log(logged));
@@ -147,7 +150,7 @@ fn read_tail(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// The status in liblxc's log: the last line ` - Child <PID> ended on error (N)` or `… on signal
-/// (N)`. liblxc writes none for the status 0.
+/// NAME(N)`. liblxc writes none for the status 0.
 ///
 /// Only whole lines of exactly this form count: other lines quote text that the container can
 /// influence, such as names.
@@ -167,11 +170,12 @@ fn parse_log_line(line: &str) -> Option<u32> {
     }
     let (pid, tail) = tail.split_once("> ended on ")?;
     pid.parse::<u32>().ok()?;
-    let (kind, number) = tail.strip_suffix(')')?.split_once(" (")?;
+    let (kind, number) = tail.strip_suffix(')')?.split_once('(')?;
     let number: u32 = number.parse().ok()?;
-    match kind {
-        "error" if number <= 255 => Some(number),
-        "signal" if (1..=64).contains(&number) => Some(128 + number),
+    // "error (7)", "signal Killed(9)", in older versions "signal (9)".
+    match kind.split_once(' ')? {
+        ("error", "") if number <= 255 => Some(number),
+        ("signal", _) if (1..=64).contains(&number) => Some(128 + number),
         _ => None,
     }
 }
@@ -252,19 +256,18 @@ fn run_hook(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     drop(command);
     let deadline = hook.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let mut text = Vec::new();
-    let waited = wait_hook(&mut child, state, output, deadline, &mut text);
-    if let Err(e) = waited {
-        let _ = child.kill();
-        let _ = child.wait();
-        return Err(io(e));
-    }
-    let status = match child.try_wait() {
+    let status = match wait_hook(&mut child, state, output, deadline, &mut text) {
         Ok(Some(status)) => status,
-        _ => {
+        unfinished => {
             let _ = child.kill();
             let _ = child.wait();
-            let seconds = hook.timeout.unwrap_or_default();
-            return Err(format!("hook ran past specified timeout of {seconds}s"));
+            return Err(match unfinished {
+                Err(e) => io(e),
+                Ok(_) => format!(
+                    "hook ran past specified timeout of {}s",
+                    hook.timeout.unwrap_or_default()
+                ),
+            });
         }
     };
     if status.success() {
@@ -277,15 +280,17 @@ fn run_hook(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     Err(format!("{how}, output: {}", String::from_utf8_lossy(&text).trim_end()))
 }
 
-/// Feeds and drains the hook until it ends or the time is over.
+/// Feeds and drains the hook until it ends; `None` if the time is over.
+///
+/// Looks every few milliseconds and by `waitpid` alone, because the container's seccomp filter is
+/// in force already and need not know of pidfds.
 fn wait_hook(
     child: &mut Child,
     state: &str,
     output: OwnedFd,
     deadline: Option<Instant>,
     text: &mut Vec<u8>,
-) -> io::Result<()> {
-    let pidfd = sys::pidfd_open(child.id())?;
+) -> io::Result<Option<ExitStatus>> {
     let mut stdin = child.stdin.take();
     if let Some(pipe) = &stdin {
         sys::set_nonblocking(pipe.as_fd())?;
@@ -293,44 +298,28 @@ fn wait_hook(
     let mut output = File::from(output);
     let mut rest = state.as_bytes();
     loop {
-        // A hook that does not read may leave the state in the pipe: it is written as there is
-        // room, and the pipe is closed when all of it is in.
+        // A hook need not read its input: the state is written as there is room, and the pipe is
+        // closed when all of it is in or the hook has closed its end.
         if let Some(pipe) = &mut stdin {
-            let written = match pipe.write(rest) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
-                other => other,
-            };
-            match written {
+            match pipe.write(rest) {
                 Ok(n) => rest = &rest[n..],
-                // The hook has closed its end.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => rest = &[],
             }
             if rest.is_empty() {
                 stdin = None;
             }
         }
+        let status = child.try_wait()?;
         let open = drain(&mut output, text)?;
-        let mut wait = match deadline {
-            None => -1,
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Ok(());
-                }
-                i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
-            }
-        };
-        if stdin.is_some() && !(0..20).contains(&wait) {
-            wait = 20;
+        if status.is_some() || deadline.is_some_and(|d| Instant::now() >= d) {
+            return Ok(status);
         }
         // A closed output is always readable, and the hook may go on without it.
-        let ended = if open {
-            sys::poll_readable([pidfd.as_fd(), output.as_fd()], wait)?[0]
+        if open {
+            sys::poll_readable([output.as_fd()], HOOK_INTERVAL)?;
         } else {
-            sys::poll_readable([pidfd.as_fd()], wait)?[0]
-        };
-        if ended {
-            return drain(&mut output, text).map(drop);
+            std::thread::sleep(Duration::from_millis(HOOK_INTERVAL as u64));
         }
     }
 }
@@ -364,11 +353,20 @@ mod tests {
         let log = |lines: &[&str]| parse_log(lines.join("\n").as_bytes());
         assert_eq!(log(&[]), 0);
         assert_eq!(log(&[&format!("{HEAD} - Child <12> ended on error (7)")]), 7);
-        let signal = format!("{HEAD} - Child <12> ended on signal (9)");
+        let signal = format!("{HEAD} - Child <12> ended on signal Killed(9)");
         assert_eq!(
             log(&[&format!("{HEAD} - Child <1> ended on error (3)"), &signal, "x", ""]),
             137
         );
+    }
+
+    #[test]
+    fn signals_are_read_with_and_without_a_name() {
+        for (text, status) in [("(2)", 130), ("Interrupt(2)", 130), ("Real-time signal 6(40)", 168)]
+        {
+            let line = format!("{HEAD} - Child <12> ended on signal {text}");
+            assert_eq!(parse_log(line.as_bytes()), status);
+        }
     }
 
     #[test]
@@ -378,6 +376,10 @@ mod tests {
             " - Child <12> ended on error (7)".to_owned(),
             format!("{HEAD} - Child <12> ended on error (7) "),
             format!("{HEAD} - Child <12> ended on error (256)"),
+            format!("{HEAD} - Child <12> ended on error x(7)"),
+            format!("{HEAD} - Child <12> ended on error 3 (7)"),
+            format!("{HEAD} - Child <12> ended on signal A(1)(2)"),
+            format!("{HEAD} - Child <12> ended on signal"),
             format!("{HEAD} - Child <12> ended on signal (0)"),
             format!("{HEAD} - Child <12> ended on signal (65)"),
             format!("{HEAD} - Child <12> ended on error (-1)"),
@@ -408,6 +410,8 @@ mod tests {
             (stop, Some(0), None, exit(0, "pidfd")),
             // reboot(RB_POWER_OFF): the pidfd does not know.
             (stop, Some(0), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(137), exit(137, "pidfd")),
             // The log cannot turn a clean exit into another one.
             (stop, Some(0), Some(3), exit(0, "pidfd")),
             (None, None, Some(5), exit(5, "log")),

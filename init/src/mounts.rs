@@ -142,9 +142,6 @@ impl<'a> Mounter<'a> {
 
     fn mount_one(&mut self, mount: &Mount) -> Result<()> {
         let destination = rootfs::clean(&mount.destination);
-        if destination == "/" {
-            return Err(refused(&mount.destination, "is the container's root"));
-        }
         let attached = match &mount.source {
             MountSource::Detached { directory } => {
                 let fd = self.next_detached()?;
@@ -192,7 +189,12 @@ impl<'a> Mounter<'a> {
     }
 
     fn target(&self, destination: &str, kind: Kind) -> Result<rootfs::Target> {
-        self.root.target(destination, kind).attempt(|| "open the mount's target")
+        let target = self.root.target(destination, kind).attempt(|| "open the mount's target")?;
+        // Also behind a link: processes that enter later would get what lies on top as their root.
+        if self.root.is_same(target.fd.as_fd()).attempt(|| "inspect the mount's target")? {
+            return Err(refused(destination, "is the container's root"));
+        }
+        Ok(target)
     }
 
     fn filesystem(

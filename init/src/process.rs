@@ -24,8 +24,11 @@ const DEFAULT_UMASK: u32 = 0o022;
 const CAP_SYS_ADMIN: u64 = 1 << 21;
 
 /// Turns this process into `process`. Returns only if that failed.
-pub fn execute(process: &Process, root: Root) -> Error {
-    match apply(process, root) {
+///
+/// `before` runs last, with all of the process's restrictions: what it executes comes from the
+/// image.
+pub fn execute(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> Error {
+    match apply(process, root, before) {
         Ok(never) => match never {},
         Err(error) => error,
     }
@@ -33,7 +36,7 @@ pub fn execute(process: &Process, root: Root) -> Error {
 
 enum Never {}
 
-fn apply(process: &Process, root: Root) -> Result<Never> {
+fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> Result<Never> {
     let file = process.args.first().ok_or(Error::Protocol("a process without arguments"))?;
     let args = c_strings(&process.args).attempt(|| "arguments of the process")?;
     let env = environment(&process.env, || home(&root, process.uid));
@@ -84,6 +87,7 @@ fn apply(process: &Process, root: Root) -> Result<Never> {
         sys::set_capabilities(wanted.effective, wanted.permitted, wanted.inheritable)
             .attempt(|| "drop CAP_SYS_ADMIN after loading the seccomp filter")?;
     }
+    before()?;
     let source = sys::execve(&executable, &args, &env_strings);
     Err(Error::Execute { path: found, source })
 }

@@ -62,6 +62,12 @@ impl Root {
         }
     }
 
+    /// Whether the descriptor is the root directory.
+    pub fn is_same(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        let (root, other) = (sys::fstat(self.0.as_fd())?, sys::fstat(fd)?);
+        Ok((root.st_dev, root.st_ino) == (other.st_dev, other.st_ino))
+    }
+
     /// The directory that holds `path`, created if missing, and the last component, which is not
     /// looked up.
     pub fn parent(&self, path: &str) -> io::Result<(OwnedFd, CString)> {

@@ -159,8 +159,8 @@ pub fn bind(destination: &str, directory: bool) -> Mount {
     }
 }
 
-fn device(path: &str, minor: u32) -> Device {
-    Device { path: path.to_owned(), mode: libc::S_IFCHR | 0o666, major: 1, minor, uid: 0, gid: 0 }
+fn device(path: &str, major: u32, minor: u32) -> Device {
+    Device { path: path.to_owned(), mode: libc::S_IFCHR | 0o666, major, minor, uid: 0, gid: 0 }
 }
 
 /// What containerd asks for by default.
@@ -192,11 +192,12 @@ pub fn setup(args: &[&str]) -> ContainerSetup {
         root_propagation: None,
         root_readonly: false,
         devices: vec![
-            device("/dev/null", 3),
-            device("/dev/zero", 5),
-            device("/dev/full", 7),
-            device("/dev/random", 8),
-            device("/dev/urandom", 9),
+            device("/dev/null", 1, 3),
+            device("/dev/zero", 1, 5),
+            device("/dev/full", 1, 7),
+            device("/dev/random", 1, 8),
+            device("/dev/urandom", 1, 9),
+            device("/dev/tty", 5, 0),
         ],
         links: [
             ("/proc/self/fd", "/dev/fd"),
@@ -334,6 +335,16 @@ impl Ct {
         stdio: &[OwnedFd],
     ) -> (Reply, Vec<OwnedFd>) {
         self.connect();
+        self.describe(setup, mounts, stdio)
+    }
+
+    /// [`Ct::set_up`] of a CT that is connected.
+    pub fn describe(
+        &mut self,
+        setup: &ContainerSetup,
+        mounts: &[OwnedFd],
+        stdio: &[OwnedFd],
+    ) -> (Reply, Vec<OwnedFd>) {
         let memory = memfd(setup);
         let fds: Vec<BorrowedFd<'_>> =
             std::iter::once(&memory).chain(stdio).map(AsFd::as_fd).collect();
@@ -520,6 +531,9 @@ impl Drop for Ct {
             }
             let _ = lxc.kill();
             let _ = lxc.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("{}", fs::read_to_string(self.dir.join("lxc.log")).unwrap_or_default());
         }
         let _ = fs::remove_dir_all(&self.dir);
     }

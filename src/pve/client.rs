@@ -331,8 +331,10 @@ impl Client {
                 Ok(Err(error)) => return Err(error),
             }
         }
-        Err(last
-            .unwrap_or_else(|| Error::TaskTimeout { upid: upid.clone(), waited: begun.elapsed() }))
+        Err(last.unwrap_or_else(|| Error::TaskTimeout {
+            upid: Box::new(upid.clone()),
+            waited: begun.elapsed(),
+        }))
     }
 
     async fn ended(&self, upid: &Upid, exitstatus: &str) -> Result<(), Error> {
@@ -391,7 +393,7 @@ impl Client {
             },
         };
         match meaning {
-            Some(failure) => Err(Error::Api { call: change.call.clone(), failure }),
+            Some(failure) => Err(Error::Api { call: Box::new(change.call.clone()), failure }),
             None => Err(lost),
         }
     }
@@ -439,7 +441,7 @@ impl Client {
 
     fn protocol(&self, call: Call, status: u16, reason: &str) -> Error {
         let endpoint = self.inner.settings.endpoint.clone();
-        Error::Protocol { endpoint, call, status, reason: reason.to_owned() }
+        Error::Protocol { endpoint, call: Box::new(call), status, reason: reason.to_owned() }
     }
 
     async fn get(&self, call: &Call) -> Result<Value, Error> {

@@ -230,7 +230,7 @@ impl Client {
         deadline: Instant,
     ) -> Result<Outcome, Error> {
         let done = |failure: &Failure| matches!(failure, Failure::NotFound | Failure::NotRunning);
-        self.on_ours(identity, deadline, done, |vmid| self.stop(vmid)).await
+        self.on_ours("POST", identity, deadline, done, |vmid| self.stop(vmid)).await
     }
 
     /// Destroys the stopped CT of `identity` and waits for the task, until `deadline`.
@@ -245,11 +245,12 @@ impl Client {
         deadline: Instant,
     ) -> Result<Outcome, Error> {
         let done = |failure: &Failure| matches!(failure, Failure::NotFound);
-        self.on_ours(identity, deadline, done, |vmid| self.destroy(vmid)).await
+        self.on_ours("DELETE", identity, deadline, done, |vmid| self.destroy(vmid)).await
     }
 
     async fn on_ours<F>(
         &self,
+        method: &'static str,
         identity: &Identity,
         deadline: Instant,
         done: impl Fn(&Failure) -> bool,
@@ -263,9 +264,19 @@ impl Client {
         let mut pause = Duration::from_millis(50);
         loop {
             let attempt = async {
-                let config = self.config(vmid).await?;
-                identity.verify(&config).map_err(|reason| Error::NotOurs { vmid, reason })?;
-                let upid = act(vmid).await?;
+                let asked = timeout_at(deadline, async {
+                    let config = self.config(vmid).await?;
+                    identity.verify(&config).map_err(|reason| Error::NotOurs { vmid, reason })?;
+                    act(vmid).await
+                });
+                // A request that is cut off may still be carried out; it was meant to be.
+                let late = |_| Error::Timeout {
+                    endpoint: self.inner.settings.endpoint.clone(),
+                    call: Box::new(self.ct_call(method, vmid, "")),
+                    sent: true,
+                    after: begun.elapsed(),
+                };
+                let upid = asked.await.map_err(late)??;
                 self.wait(&upid, deadline).await
             };
             let error = match attempt.await {

@@ -69,7 +69,7 @@ impl RuntimeOptions {
                     let payload = take(&mut bytes, length)?;
                     let text = || {
                         let reason = "a field is not UTF-8";
-                        str::from_utf8(payload).map_err(|_| OptionsError::Malformed { reason })
+                        std::str::from_utf8(payload).map_err(|_| OptionsError::Malformed { reason })
                     };
                     match field {
                         // type_url describes the body for runtimes that know several formats.

@@ -230,7 +230,7 @@ impl Client {
         deadline: Instant,
     ) -> Result<Outcome, Error> {
         let done = |failure: &Failure| matches!(failure, Failure::NotFound | Failure::NotRunning);
-        self.on_ours(identity, deadline, done, |vmid| self.stop(vmid)).await
+        self.on_ours("POST", identity, deadline, done, |vmid| self.stop(vmid)).await
     }
 
     /// Destroys the stopped CT of `identity` and waits for the task, until `deadline`.
@@ -245,11 +245,12 @@ impl Client {
         deadline: Instant,
     ) -> Result<Outcome, Error> {
         let done = |failure: &Failure| matches!(failure, Failure::NotFound);
-        self.on_ours(identity, deadline, done, |vmid| self.destroy(vmid)).await
+        self.on_ours("DELETE", identity, deadline, done, |vmid| self.destroy(vmid)).await
     }
 
     async fn on_ours<F>(
         &self,
+        method: &'static str,
         identity: &Identity,
         deadline: Instant,
         done: impl Fn(&Failure) -> bool,
@@ -263,9 +264,19 @@ impl Client {
         let mut pause = Duration::from_millis(50);
         loop {
             let attempt = async {
-                let config = self.config(vmid).await?;
-                identity.verify(&config).map_err(|reason| Error::NotOurs { vmid, reason })?;
-                let upid = act(vmid).await?;
+                let asked = timeout_at(deadline, async {
+                    let config = self.config(vmid).await?;
+                    identity.verify(&config).map_err(|reason| Error::NotOurs { vmid, reason })?;
+                    act(vmid).await
+                });
+                // A request that is cut off may still be carried out; it was meant to be.
+                let late = |_| Error::Timeout {
+                    endpoint: self.inner.settings.endpoint.clone(),
+                    call: Box::new(self.ct_call(method, vmid, "")),
+                    sent: true,
+                    after: begun.elapsed(),
+                };
+                let upid = asked.await.map_err(late)??;
                 self.wait(&upid, deadline).await
             };
             let error = match attempt.await {
@@ -331,8 +342,10 @@ impl Client {
                 Ok(Err(error)) => return Err(error),
             }
         }
-        Err(last
-            .unwrap_or_else(|| Error::TaskTimeout { upid: upid.clone(), waited: begun.elapsed() }))
+        Err(last.unwrap_or_else(|| Error::TaskTimeout {
+            upid: Box::new(upid.clone()),
+            waited: begun.elapsed(),
+        }))
     }
 
     async fn ended(&self, upid: &Upid, exitstatus: &str) -> Result<(), Error> {
@@ -391,7 +404,7 @@ impl Client {
             },
         };
         match meaning {
-            Some(failure) => Err(Error::Api { call: change.call.clone(), failure }),
+            Some(failure) => Err(Error::Api { call: Box::new(change.call.clone()), failure }),
             None => Err(lost),
         }
     }
@@ -439,7 +452,7 @@ impl Client {
 
     fn protocol(&self, call: Call, status: u16, reason: &str) -> Error {
         let endpoint = self.inner.settings.endpoint.clone();
-        Error::Protocol { endpoint, call, status, reason: reason.to_owned() }
+        Error::Protocol { endpoint, call: Box::new(call), status, reason: reason.to_owned() }
     }
 
     async fn get(&self, call: &Call) -> Result<Value, Error> {

@@ -451,7 +451,8 @@ fn advance(range: VmidRange, run_dir: &Path, path: &Path) -> io::Result<Vmid> {
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
     let mut buffer = [0; 16];
     let n = file.read_at(&mut buffer, 0)?;
-    let last = str::from_utf8(&buffer[..n]).ok().and_then(|text| text.trim().parse::<Vmid>().ok());
+    let last =
+        std::str::from_utf8(&buffer[..n]).ok().and_then(|text| text.trim().parse::<Vmid>().ok());
     let next = last.map_or(range.first(), |last| range.after(last));
     // Fixed width: shorter numbers leave no rest of longer ones behind.
     file.write_at(format!("{next:<12}\n").as_bytes(), 0)?;

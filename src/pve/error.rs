@@ -42,7 +42,7 @@ pub enum Error {
     #[error("{call}: {failure}")]
     Api {
         /// The call.
-        call: Call,
+        call: Box<Call>,
         /// What was understood of the answer.
         failure: Failure,
     },
@@ -50,7 +50,7 @@ pub enum Error {
     #[error("Proxmox task {upid} failed: {text}{}", log_suffix(log))]
     TaskFailed {
         /// The task.
-        upid: Upid,
+        upid: Box<Upid>,
         /// Its exit status: the error's first line.
         text: String,
         /// The last lines of its log, without the closing `TASK ERROR` line.
@@ -60,7 +60,7 @@ pub enum Error {
     #[error("Proxmox task {upid} has not ended after {} ms; see it in the node's task list", waited.as_millis())]
     TaskTimeout {
         /// The task.
-        upid: Upid,
+        upid: Box<Upid>,
         /// How long it was waited for.
         waited: Duration,
     },
@@ -85,7 +85,7 @@ pub enum Error {
     )]
     Permission {
         /// The call.
-        call: Call,
+        call: Box<Call>,
         /// `USER@REALM!TOKENID`
         token: String,
         /// The ACL path, such as `/vms/100`, if Proxmox said it.
@@ -128,7 +128,7 @@ pub enum Error {
         /// The API's base URL.
         endpoint: String,
         /// The call.
-        call: Call,
+        call: Box<Call>,
         /// Whether the request may have been received.
         sent: bool,
         /// How long it was waited for.
@@ -176,7 +176,7 @@ pub enum Error {
         /// The API's base URL.
         endpoint: String,
         /// The call.
-        call: Call,
+        call: Box<Call>,
         /// The status code; 0 if there is none.
         status: u16,
         /// What was wrong.
@@ -393,6 +393,7 @@ pub(super) fn from_answer(
     reason: &str,
     body: &[u8],
 ) -> Error {
+    let call = Box::new(call);
     let json: Option<Value> = serde_json::from_slice(body).ok().filter(Value::is_object);
     let message =
         json.as_ref().and_then(|json| Loose(json).text("message")).map(|text| one_line(&text));
@@ -447,9 +448,9 @@ pub(super) fn from_task(upid: &Upid, exitstatus: &str, log: Vec<String>) -> Erro
         Some(failure) => {
             let call =
                 Call { method: "task", path: upid.to_string(), vmid: upid.id().parse().ok() };
-            Error::Api { call, failure }
+            Error::Api { call: Box::new(call), failure }
         }
-        None => Error::TaskFailed { upid: upid.clone(), text, log },
+        None => Error::TaskFailed { upid: Box::new(upid.clone()), text, log },
     }
 }
 
@@ -460,7 +461,7 @@ pub(super) fn from_transport(
     after: Duration,
     error: &reqwest::Error,
 ) -> Error {
-    let endpoint = endpoint.to_owned();
+    let (endpoint, call) = (endpoint.to_owned(), Box::new(call));
     if let Some(tls) = find_tls(error) {
         return tls_error(endpoint, tls);
     }

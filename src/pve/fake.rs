@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -43,7 +42,6 @@ pub(super) enum Reply {
     Close,
     /// Nothing ever.
     Silence,
-    After(Duration, Box<Reply>),
 }
 
 impl Reply {
@@ -173,12 +171,7 @@ async fn serve(
         let Some(mut request) = read_request(&mut stream, &mut buffer).await else { return };
         request.number = seen.lock().unwrap().len();
         seen.lock().unwrap().push(request.clone());
-        let mut reply = script(&request);
-        while let Reply::After(pause, inner) = reply {
-            tokio::time::sleep(pause).await;
-            reply = *inner;
-        }
-        let (bytes, close) = match reply {
+        let (bytes, close) = match script(&request) {
             Reply::Recorded(r) => {
                 let mut head = format!("HTTP/1.1 {} {}\r\n", r.status(), r.reason());
                 for (name, value) in r.headers() {
@@ -196,7 +189,7 @@ async fn serve(
             }
             Reply::Raw(text) => (text.into_bytes(), true),
             Reply::Close => return,
-            Reply::Silence | Reply::After(..) => std::future::pending().await,
+            Reply::Silence => std::future::pending().await,
         };
         if stream.write_all(&bytes).await.is_err() || stream.flush().await.is_err() {
             return;

@@ -14,6 +14,9 @@ use crate::sys::pidfd::{self, ExitStatus, Info};
 /// is not enough has lost the hook.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 const RECORD_POLL: Duration = Duration::from_millis(2);
+
+/// 128 + SIGKILL.
+const KILLED: u32 = 137;
 /// A zombie's status is complete once its parent has reaped it.
 const REAPED_POLL: Duration = Duration::from_millis(1);
 
@@ -50,8 +53,9 @@ pub async fn ended(pidfd: &AsyncFd<OwnedFd>) -> Result<(), Error> {
 
 /// Waits for the end of the CT's PID 1, whose parent is lxc-start.
 ///
-/// The kernel's answer is taken where it can be trusted. It reports 0 for a `reboot(2)` in the CT,
-/// so with `may_reboot` a 0 is checked against the record (`exit.json`), which knows better; on a
+/// The kernel's answer is taken where it can be trusted. After a `reboot(2)` in the CT it reports 0
+/// if PID 1 made the call and SIGKILL if another process did, so with `may_reboot` both are checked
+/// against the record (`exit.json`), which knows better; on a
 /// kernel without `PIDFD_INFO_EXIT` (before 6.15) the record is all there is.
 ///
 /// # Errors
@@ -66,7 +70,7 @@ pub async fn of_init(
     let deadline = tokio::time::Instant::now() + RECORD_TIMEOUT;
     let status = loop {
         match pidfd::exit_info(pidfd.as_fd()).map_err(Error::Pidfd)? {
-            Info::Exited(ExitStatus(0)) if may_reboot => break None,
+            Info::Exited(ExitStatus(0 | KILLED)) if may_reboot => break None,
             Info::Exited(status) => break Some(status),
             Info::Unsupported => break None,
             // Bounded like the record: lxc-start may be stopped or frozen.

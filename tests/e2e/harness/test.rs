@@ -114,7 +114,11 @@ impl Test {
     ) -> std::process::Command {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
         let mut ctr = self.node.ctr_command();
-        ctr.args(["tasks", "exec", "--fifo-dir"]).arg(self.node.root.join("fifo"));
+        ctr.args(["tasks", "exec"]);
+        // The two exclude each other here, but not in `ctr run`.
+        if !flags.contains(&"--log-uri") {
+            ctr.arg("--fifo-dir").arg(self.node.root.join("fifo"));
+        }
         if !flags.contains(&"--exec-id") {
             let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             ctr.arg("--exec-id").arg(format!("e{number}"));

@@ -78,8 +78,10 @@ fn one_slow_container_does_not_delay_another(t: &Test) {
     let creating = std::thread::spawn(move || other.create(&Stdio3::default()));
     let started = std::time::Instant::now();
     t.run(&[], &quick, &["echo", "quick"]).ok();
-    // Calls to the same shim are answered meanwhile, too.
-    let _ = shim.state("");
+    if t.node.has_pve() {
+        // Calls to the same shim are answered meanwhile, too.
+        let _ = shim.state("");
+    }
     assert!(started.elapsed() < std::time::Duration::from_millis(2500), "{:?}", started.elapsed());
     creating.join().expect("no panic").expect("create");
     shim.finish();

@@ -35,9 +35,9 @@ fn keyboard_and_screen_work(t: &Test) {
     let mut terminal =
         on_terminal(t, &t.id("a"), "read line; echo \"<$line>\"; echo err >&2; sleep 0.3");
     terminal.send("typed text\n");
-    terminal.expect("<typed text>\r\n");
+    terminal.expect("<typed text>\n");
     // One stream, as on any terminal.
-    terminal.expect("err\r\n");
+    terminal.expect("err\n");
     assert_eq!(terminal.wait(), 0);
 }
 
@@ -48,14 +48,29 @@ fn starts_with_the_clients_window_size(t: &Test) {
     assert_eq!(terminal.wait(), 0);
 }
 
-fn follows_a_resize(t: &Test) {
-    let script =
-        "trap 'stty size; exit 4' WINCH; sleep 0.5; echo ready; while :; do sleep 0.1; done";
-    let terminal = on_terminal(t, &t.id("a"), &script.replace("trap", "stty size; trap"));
+/// Says when the window changes and ends with `status` once it has the given size. The first
+/// change is ctr's own, from nothing to the real size.
+fn until_resized(rows: u16, columns: u16, status: i32) -> String {
+    format!(
+        "trap 'echo changed' WINCH; sleep 0.5; echo ready; \
+         while [ \"$(stty size)\" != '{rows} {columns}' ]; do sleep 0.1; done; \
+         echo done; sleep 0.3; exit {status}"
+    )
+}
+
+#[track_caller]
+fn resize(terminal: Terminal, rows: u16, columns: u16, status: i32) {
     terminal.expect("ready");
-    terminal.resize(44, 111);
-    terminal.expect("44 111");
-    assert_eq!(terminal.wait(), 4);
+    terminal.resize(rows, columns);
+    terminal.expect("done");
+    let screen = terminal.screen();
+    let after = screen.split_once("ready").map_or("", |(_, after)| after);
+    assert!(after.contains("changed"), "no SIGWINCH: {screen:?}");
+    assert_eq!(terminal.wait(), status);
+}
+
+fn follows_a_resize(t: &Test) {
+    resize(on_terminal(t, &t.id("a"), &until_resized(44, 111, 4)), 44, 111, 4);
 }
 
 fn control_c_interrupts_the_workload(t: &Test) {
@@ -86,13 +101,8 @@ fn exec_has_a_terminal_too(t: &Test) {
 fn exec_follows_a_resize(t: &Test) {
     let id = t.id("a");
     t.start_idle(&[], &id);
-    let script =
-        "trap 'stty size; exit 6' WINCH; sleep 0.5; echo ready; while :; do sleep 0.1; done";
-    let terminal = Terminal::spawn(t.exec_command(&["--tty"], &id, &["sh", "-c", script]), 33, 101);
-    terminal.expect("ready");
-    terminal.resize(50, 60);
-    terminal.expect("50 60");
-    assert_eq!(terminal.wait(), 6);
+    let command = t.exec_command(&["--tty"], &id, &["sh", "-c", &until_resized(50, 60, 6)]);
+    resize(Terminal::spawn(command, 33, 101), 50, 60, 6);
 }
 
 fn terminal_belongs_to_the_user(t: &Test) {
@@ -115,7 +125,7 @@ fn last_output_before_the_end_is_shown(t: &Test) {
         let terminal = on_terminal(t, &id, "sleep 0.2; seq 1 2000; echo the-end");
         terminal.expect("the-end");
         let screen = terminal.screen();
-        assert!(screen.contains("\r\n1999\r\n2000\r\nthe-end"), "round {round}: lines are missing");
+        assert!(screen.contains("\n1999\n2000\nthe-end"), "round {round}: lines are missing");
         assert_eq!(terminal.wait(), 0);
     }
 }

@@ -33,6 +33,17 @@ fn a_running_container_survives_restart_and_crash(t: &Test) {
     t.delete(&id);
 }
 
+/// From 1.7 on, containerd takes a shim that lists no process for a leaked one when it starts, and
+/// removes its task with the status. runc's shim lists none for an ended container; ours keeps the
+/// task until it is deleted.
+fn stopped_or_swept(t: &Test, id: &str) -> bool {
+    eventually(&format!("{id} is stopped"), Duration::from_secs(20), || match t.task(id) {
+        Some((_, status)) => (status == "STOPPED").then_some(true),
+        None if t.node.has_pve() => panic!("containerd has lost the ended container {id}"),
+        None => Some(false),
+    })
+}
+
 fn an_exit_during_the_downtime_is_seen(t: &Test) {
     let (id, go) = (t.id("a"), t.file("go"));
     let mount = format!("type=bind,src={},dst=/host,options=rbind:rw", t.directory().display());
@@ -46,7 +57,9 @@ fn an_exit_during_the_downtime_is_seen(t: &Test) {
     });
     std::thread::sleep(Duration::from_millis(300));
     t.node.start_containerd();
-    t.wait_status(&id, "STOPPED");
+    if !stopped_or_swept(t, &id) {
+        return;
+    }
     let message = Message::new().bytes(1, &id);
     let reply = t.node.grpc("containerd.services.tasks.v1.Tasks/Delete", &message).expect("delete");
     // DeleteResponse.exit_status
@@ -78,8 +91,9 @@ fn deletion_works_after_a_restart(t: &Test) {
     t.wait_exit(&ended);
     t.node.stop_containerd(libc::SIGTERM);
     t.node.start_containerd();
-    t.wait_status(&ended, "STOPPED");
-    t.delete(&ended);
+    if stopped_or_swept(t, &ended) {
+        t.delete(&ended);
+    }
     assert!(sys::kill(t.pid(&running), libc::SIGKILL));
     assert_eq!(t.wait_exit(&running).exit_status(), 137);
     t.wait_status(&running, "STOPPED");

@@ -6,8 +6,8 @@ pub mod log_fifo;
 pub mod sys;
 
 pub mod bootstrap;
-pub mod task;
 pub mod events;
-pub mod oci;
 pub mod lxc;
+pub mod oci;
 pub mod pve;
+pub mod task;

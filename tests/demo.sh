@@ -340,6 +340,7 @@ good "$usage bytes of memory in use"
 heading 'Pause and resume'
 prompt 'ctr tasks pause web; ctr tasks resume web'
 ctr tasks pause web
+sleep 0.1
 task_is web PAUSED || fail "web is not paused: $(task_field web 3)"
 before=$(wc -l <"$root/web.log")
 sleep 0.5

@@ -53,11 +53,7 @@ pub enum Request {
     Go,
     /// Start one more process in a running CT. `cgroup_files` descriptors follow the pidfd:
     /// see [`ExecCgroup`].
-    Exec {
-        cgroup: ExecCgroup,
-        cgroup_files: usize,
-        stdio: bool,
-    },
+    Exec { cgroup: ExecCgroup, cgroup_files: usize, stdio: bool },
 }
 
 /// How the descriptors of [`Request::Exec`] put the new process into the CT's cgroups.
@@ -72,13 +68,21 @@ pub enum ExecCgroup {
 /// From init to the shim.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
-    Hello { version: u32 },
+    Hello {
+        version: u32,
+    },
     /// PID 1: everything but the workload is in place. Exec: the terminal exists.
-    Ready { terminal: bool },
+    Ready {
+        terminal: bool,
+    },
     /// Exec: the process exists; `pid` is its id in the shim's pid namespace.
-    Spawned { pid: i32 },
+    Spawned {
+        pid: i32,
+    },
     /// The one sentence that the user reads, in the words runc uses where runc has words for it.
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
 }
 
 /// Everything init does before a container's workload runs.
@@ -139,12 +143,7 @@ pub enum MountSource {
     /// what to create when the destination is missing.
     Detached { directory: bool },
     /// `mount(2)` in the container's namespaces. `flags` are `MS_*`.
-    Filesystem {
-        source: String,
-        fstype: String,
-        flags: u64,
-        data: String,
-    },
+    Filesystem { source: String, fstype: String, flags: u64, data: String },
     /// The container's own cgroup hierarchies (type `cgroup`): cgroup2 where the host has it
     /// alone, else a tmpfs with one directory per v1 hierarchy, as runc does.
     Cgroup { flags: u64, hierarchies: Vec<CgroupHierarchy> },

@@ -4,10 +4,10 @@
 mod harness;
 mod suites;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use harness::node::{Node, Options, Setting};
+use harness::node::{self, Node, Options, Setting};
 use harness::test::Test;
 use libtest_mimic::{Arguments, Trial};
 use suites::Needs;
@@ -15,28 +15,31 @@ use suites::Needs;
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let setting = Setting::from_environment();
-    let cases = suites::shared();
+    let cases = suites::all();
     if arguments.list {
-        let trials = cases.iter().map(|c| Trial::test(format!("{}::{}", c.suite, c.name), || Ok(())));
+        let name = |case: &suites::Case| format!("{}::{}", case.suite, case.name);
+        let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
     // The message and its place; a backtrace through the harness says nothing more.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
-    let node = Arc::new(Node::start(&setting, Options::default()));
-    let on_signal = node.clone();
     harness::sys::on_termination(move |signal| {
         eprintln!("signal {signal}: cleaning up");
-        on_signal.tear_down(false);
+        node::tear_down_all();
         std::process::exit(128 + signal);
     });
+    let shared = Node::start(&setting, Options::default());
     let trials = cases
         .into_iter()
         .enumerate()
         .map(|(number, case)| {
-            let node = node.clone();
-            let missing = case.needs == Needs::Proxmox && !node.has_pve();
+            let (shared, setting) = (shared.clone(), setting.clone());
+            let missing = matches!(case.needs, Needs::Proxmox) && !shared.has_pve();
             Trial::test(format!("{}::{}", case.suite, case.name), move || {
-                Test::execute(node, number, case.suite, case.body);
+                match case.needs {
+                    Needs::OwnNode(options) => on_own_node(&setting, options(), number, &case),
+                    _ => Test::execute(shared, number, case.suite, case.body),
+                }
                 Ok(())
             })
             .with_ignored_flag(missing)
@@ -44,11 +47,23 @@ fn main() -> ExitCode {
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut failed = conclusion.has_failed();
-    let remains = node.remains("", &[]);
-    if !remains.is_empty() && !failed {
-        eprintln!("left behind by the whole run: {remains:#?}");
-        failed = true;
+    if !failed {
+        let remains = shared.remains("", &[]);
+        if !remains.is_empty() {
+            eprintln!("left behind by the whole run: {remains:#?}");
+            failed = true;
+        }
     }
-    node.tear_down(failed);
+    shared.tear_down(failed);
     if failed { ExitCode::from(101) } else { ExitCode::SUCCESS }
+}
+
+fn on_own_node(setting: &Setting, options: Options, number: usize, case: &suites::Case) {
+    let own = Node::start(setting, options);
+    let (node, suite, body) = (own.clone(), case.suite, case.body);
+    let outcome = catch_unwind(AssertUnwindSafe(|| Test::execute(node, number, suite, body)));
+    own.tear_down(outcome.is_err());
+    if let Err(panic) = outcome {
+        resume_unwind(panic);
+    }
 }

@@ -13,18 +13,16 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
+use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Enum, Message as _, MessageField};
 use containerd_shim_protos::ttrpc::{self, Client, Request, Response};
-use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::{Value, json};
 
 use super::node::Node;
 use super::process::{self, Running};
 use super::{grpc, sys};
-
-
 
 /// One forwarded event.
 #[derive(Debug, Clone)]
@@ -249,7 +247,9 @@ impl<'a> Driver<'a> {
         // containerd parses both streams as one.
         assert_eq!(output.stderr, "", "the shim wrote to stderr");
         let (address, version) = match serde_json::from_str::<Value>(&reply) {
-            Ok(json) => (json["address"].as_str().unwrap_or_default().to_owned(), json["version"].as_u64()),
+            Ok(json) => {
+                (json["address"].as_str().unwrap_or_default().to_owned(), json["version"].as_u64())
+            }
             Err(_) => (reply.clone(), None),
         };
         assert!(address.starts_with("unix://"), "not a bootstrap reply: {reply:?}");

@@ -48,6 +48,40 @@ impl Message {
     }
 }
 
+/// A number field of an encoded message without nested groups.
+pub fn number_in(message: &[u8], field: u64) -> Option<u64> {
+    let mut bytes = message.iter().copied();
+    let varint = |bytes: &mut dyn Iterator<Item = u8>| {
+        let (mut value, mut shift) = (0u64, 0);
+        loop {
+            let byte = bytes.next()?;
+            value |= u64::from(byte & 0x7f) << shift;
+            shift += 7;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+    };
+    loop {
+        let key = varint(&mut bytes)?;
+        match key & 7 {
+            0 => {
+                let value = varint(&mut bytes)?;
+                if key >> 3 == field {
+                    return Some(value);
+                }
+            }
+            2 => {
+                let length = varint(&mut bytes)?;
+                for _ in 0..length {
+                    bytes.next()?;
+                }
+            }
+            _ => return None,
+        }
+    }
+}
+
 /// The gRPC status of a failed call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
@@ -83,9 +117,7 @@ pub fn call(
     let code = header("grpc-status").and_then(|code| code.parse().ok());
     match code {
         Some(0) => Ok(output.stdout.get(5..).unwrap_or_default().to_vec()),
-        Some(code) => {
-            Err(Failure { code, message: header("grpc-message").unwrap_or_default() })
-        }
+        Some(code) => Err(Failure { code, message: header("grpc-message").unwrap_or_default() }),
         None => panic!("{method}: no grpc-status in {:?}", output.stderr),
     }
 }

@@ -79,21 +79,18 @@ fn layer(scratch: &Path) -> Vec<u8> {
     }
     layer.entry(Directory, "home/user", 0o755, b"");
     layer.entry(Directory, "tmp", 0o1777, b"");
-    layer.entry(Regular, "etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n");
+    // A hostile image: whoever follows this on the host leaves the root file system.
+    layer.link("evil", "../../../../tmp");
     layer.entry(
         Regular,
-        "etc/group",
+        "etc/passwd",
         0o644,
-        b"root:x:0:\nuser:x:1000:\nextra:x:1234:user\n",
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n",
     );
+    layer.entry(Regular, "etc/group", 0o644, b"root:x:0:\nuser:x:1000:\nextra:x:1234:user\n");
     layer.entry(Regular, "etc/not-executable", 0o644, b"#!/bin/sh\n");
     let busybox = busybox();
-    layer.entry(
-        Regular,
-        "bin/busybox",
-        0o755,
-        &fs::read(&busybox).expect("read busybox"),
-    );
+    layer.entry(Regular, "bin/busybox", 0o755, &fs::read(&busybox).expect("read busybox"));
     let applets = process::run(Command::new(&busybox).arg("--list")).ok().text();
     for applet in applets.lines().filter(|name| *name != "busybox") {
         layer.link(&format!("bin/{applet}"), "busybox");

@@ -5,15 +5,15 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use super::events::Events;
-use super::image::{self, IMAGE};
+use super::image;
 use super::process::{self, Output, Running};
 use super::pve::Pve;
-use super::{sys, grpc};
+use super::{grpc, sys};
 
 /// What the environment chooses.
 #[derive(Debug, Clone)]
@@ -125,18 +125,40 @@ struct Daemons {
 }
 
 /// VMIDs per node: enough for 32 containers at once beside others.
-const VMIDS_PER_NODE: u32 = 200;
+const VMIDS_PER_NODE: u32 = 100;
 
+/// Which slices of the VMID range are in use.
+static SLICES: Mutex<Vec<bool>> = Mutex::new(Vec::new());
+
+/// Counts all nodes of this process.
 static NODES: AtomicU32 = AtomicU32::new(0);
 
+/// All nodes that were started, for the clean-up after a signal.
+static STARTED: Mutex<Vec<Weak<Node>>> = Mutex::new(Vec::new());
+
+fn take_slice(range: (u32, u32)) -> (u32, u32) {
+    let mut slices = SLICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    slices.resize(((range.1 - range.0 + 1) / VMIDS_PER_NODE) as usize, false);
+    let free = slices.iter().position(|used| !used).expect("E2E_VMIDS is too small");
+    slices[free] = true;
+    let first = range.0 + free as u32 * VMIDS_PER_NODE;
+    (first, first + VMIDS_PER_NODE - 1)
+}
+
+/// Tears down every node of this process.
+pub fn tear_down_all() {
+    let nodes = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+    for node in nodes.iter().filter_map(Weak::upgrade) {
+        node.tear_down(false);
+    }
+}
+
 impl Node {
-    pub fn start(setting: &Setting, options: Options) -> Node {
+    pub fn start(setting: &Setting, options: Options) -> Arc<Node> {
         let number = NODES.fetch_add(1, Ordering::Relaxed);
         let tag = format!("e2e-{}-{number}", std::process::id());
         let root = setting.root.join(&tag);
-        let first = setting.vmids.0 + number * VMIDS_PER_NODE;
-        let vmids = (first, first + VMIDS_PER_NODE - 1);
-        assert!(vmids.1 <= setting.vmids.1, "E2E_VMIDS is too small for node {number}");
+        let vmids = take_slice(setting.vmids);
         let created = ["/run/containerd/s", "/run/containerd/fifo", "/run/containerd"]
             .iter()
             .map(PathBuf::from)
@@ -161,18 +183,21 @@ impl Node {
             let profile =
                 if node.options.profile.is_empty() { "instant" } else { &node.options.profile };
             let limited = node.options.without_pidfd_info;
-            let pve = Pve::start(&setting.program("pve-sim"), &node.root.join("sim"), profile, |c| {
-                c.env("PATH", setting.path());
-                if limited {
-                    sys::without_pidfd_info(c);
-                }
-            });
+            let pve =
+                Pve::start(&setting.program("pve-sim"), &node.root.join("sim"), profile, |c| {
+                    c.env("PATH", setting.path());
+                    if limited {
+                        sys::without_pidfd_info(c);
+                    }
+                });
             node.pve = Some(Mutex::new(pve));
-            node.write_shim_config(&node.shim_config(), &node.options.shim_config.clone());
+            let text = node.shim_config_text() + &node.options.shim_config;
+            fs::write(node.shim_config(), text).expect("write the shim's configuration");
         }
+        let node = Arc::new(node);
+        STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(Arc::downgrade(&node));
         node.start_containerd();
         node.ctr(&["images", "import", &node.root.join("image.tar").display().to_string()]).ok();
-        node.ctr(&["run", "--rm", "--runtime", "io.containerd.runc.v2", "--runc-root", &node.path_text("runc"), "--fifo-dir", &node.path_text("fifo"), IMAGE, "warm-up", "true"]);
         node
     }
 
@@ -231,11 +256,6 @@ impl Node {
              [debug]\naddress = \"{root}/d.sock\"\nlevel = \"debug\"\n"
         );
         fs::write(self.root.join("containerd.toml"), config).expect("write containerd.toml");
-    }
-
-    /// Writes a configuration of the shim for this node with `extra` lines at its end.
-    pub fn write_shim_config(&self, path: &Path, extra: &str) {
-        fs::write(path, self.shim_config_text() + extra).expect("write the shim's configuration");
     }
 
     /// The shim's configuration for this node.
@@ -300,7 +320,9 @@ impl Node {
             self.ctr(&["namespaces", "create", &self.namespace, &mark]);
             self.events
                 .find(Duration::from_millis(100), |e| {
-                    e.topic.starts_with("/namespaces/") && e.body["labels"]["subscribed"].as_str() == mark.split_once('=').map(|(_, v)| v)
+                    e.topic.starts_with("/namespaces/")
+                        && e.body["labels"]["subscribed"].as_str()
+                            == mark.split_once('=').map(|(_, v)| v)
                 })
                 .map(|_| ())
         });
@@ -516,6 +538,8 @@ impl Node {
         if std::env::var_os("E2E_KEEP").is_none() {
             let _ = fs::remove_dir_all(&self.root);
         }
+        let slice = (self.vmids.0 - self.setting.vmids.0) / VMIDS_PER_NODE;
+        SLICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())[slice as usize] = false;
         for directory in &self.created {
             // Only if nobody else has put something there meanwhile.
             let _ = fs::remove_dir(directory);

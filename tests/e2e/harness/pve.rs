@@ -19,7 +19,12 @@ pub struct Pve {
 
 impl Pve {
     /// Starts `pve-sim` below `root` and waits until it listens.
-    pub fn start(binary: &Path, root: &Path, profile: &str, prepare: impl FnOnce(&mut Command)) -> Pve {
+    pub fn start(
+        binary: &Path,
+        root: &Path,
+        profile: &str,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Pve {
         use std::os::unix::process::CommandExt;
         fs::create_dir_all(root).expect("create the simulator's directory");
         let log = fs::File::create(root.with_extension("log")).expect("create the simulator's log");

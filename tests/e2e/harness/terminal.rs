@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::{process, sys};
 
-/// A command on a pseudo-terminal of its own.
+/// A command on a pseudo-terminal of its own. Carriage returns are dropped from what it prints:
+/// `ctr` leaves the translation of line ends on, so they come doubled.
 pub struct Terminal {
     child: Child,
     master: File,
@@ -32,7 +33,8 @@ impl Terminal {
             let mut buffer = [0u8; 4096];
             // EIO when the last slave is closed.
             while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                shared.0.lock().expect("not poisoned").extend_from_slice(&buffer[..count]);
+                let printed = buffer[..count].iter().filter(|byte| **byte != b'\r');
+                shared.0.lock().expect("not poisoned").extend(printed);
                 shared.1.notify_all();
             }
         });

@@ -99,13 +99,26 @@ impl Test {
     /// A container in the background that only sleeps and dies at once of SIGTERM.
     #[track_caller]
     pub fn start_idle(&self, flags: &[&str], id: &str) {
-        self.start(flags, id, &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"]);
+        self.start(
+            flags,
+            id,
+            &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"],
+        );
     }
 
-    pub fn exec_command(&self, flags: &[&str], id: &str, command: &[&str]) -> std::process::Command {
+    pub fn exec_command(
+        &self,
+        flags: &[&str],
+        id: &str,
+        command: &[&str],
+    ) -> std::process::Command {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
         let mut ctr = self.node.ctr_command();
-        ctr.args(["tasks", "exec", "--fifo-dir"]).arg(self.node.root.join("fifo"));
+        ctr.args(["tasks", "exec"]);
+        // The two exclude each other here, but not in `ctr run`.
+        if !flags.contains(&"--log-uri") {
+            ctr.arg("--fifo-dir").arg(self.node.root.join("fifo"));
+        }
         if !flags.contains(&"--exec-id") {
             let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             ctr.arg("--exec-id").arg(format!("e{number}"));

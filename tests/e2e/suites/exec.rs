@@ -96,7 +96,12 @@ fn reads_stdin_to_its_end(t: &Test) {
 fn detached_exec_runs_on(t: &Test) {
     let id = t.id("a");
     t.start_idle(&[], &id);
-    t.exec(&["--detach", "--exec-id", "d"], &id, &["sh", "-c", "echo $$ > /tmp/pid; exec sleep 1000"]).ok();
+    t.exec(
+        &["--detach", "--exec-id", "d"],
+        &id,
+        &["sh", "-c", "echo $$ > /tmp/pid; exec sleep 1000"],
+    )
+    .ok();
     let listed = eventually("the exec runs", Duration::from_secs(5), || {
         let list = t.exec_sh(&id, "cat /tmp/pid && cat /proc/$(cat /tmp/pid)/comm").text();
         list.contains("sleep").then_some(list)

@@ -74,9 +74,7 @@ fn death_by_each_signal_is_128_plus_n(t: &Test) {
     let lives = [17, 18, 19, 20, 21, 22, 23, 28];
     let wrong: Vec<(i32, i32)> = (1..=64)
         .filter(|signal| !lives.contains(signal) && !(32..34).contains(signal))
-        .map(|signal| {
-            (signal, t.exec(&[], &id, &["probe", "raise", &signal.to_string()]).code)
-        })
+        .map(|signal| (signal, t.exec(&[], &id, &["probe", "raise", &signal.to_string()]).code))
         .filter(|(signal, code)| 128 + signal != *code)
         .collect();
     assert!(wrong.is_empty(), "(signal, status): {wrong:?}");

@@ -1,20 +1,34 @@
 //! The suites, one file per capability that a user can name.
 
-use crate::harness::node::{Node, Options};
+use crate::harness::node::Options;
 use crate::harness::test::Test;
 
+mod config;
+mod delete;
+mod events;
 mod exec;
 mod exit;
+mod fallback;
+mod limits;
+mod oci;
+mod parallel;
+mod proxmox;
+mod restart;
 mod run;
+mod secrets;
+mod signals;
 mod stdio;
+mod tty;
 
 /// What a test needs beyond the shared node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Needs {
     /// Any runtime will do.
     Nothing,
     /// Things that only this project's shim and the simulator have.
     Proxmox,
+    /// A containerd that nobody else uses.
+    OwnNode(fn() -> Options),
 }
 
 /// One test of a suite.
@@ -40,10 +54,45 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
-/// All cases that run on the shared node, in parallel.
-pub fn shared() -> Vec<Case> {
-    [run::cases, exit::cases, stdio::cases, exec::cases].iter().flat_map(|suite| suite()).collect()
+/// Like [`cases`], for tests that restart or cripple their containerd: each gets a node of its
+/// own, started with the given options.
+macro_rules! own_node {
+    ($suite:literal: $($body:ident),* $(,)?) => {
+        own_node!($suite, $crate::harness::node::Options::default(); $($body),*);
+    };
+    ($suite:literal, $options:expr; $($body:ident),* $(,)?) => {
+        pub fn cases() -> Vec<$crate::suites::Case> {
+            use $crate::suites::{Case, Needs};
+            vec![$(Case {
+                suite: $suite,
+                name: stringify!($body),
+                needs: Needs::OwnNode(|| $options),
+                body: $body,
+            },)*]
+        }
+    };
 }
+pub(crate) use own_node;
 
-#[allow(dead_code)]
-fn unused(_: &Node, _: Options) {}
+/// All cases. Those with a node of their own come first: they take longest.
+pub fn all() -> Vec<Case> {
+    let suites = [
+        restart::cases,
+        fallback::cases,
+        run::cases,
+        exit::cases,
+        stdio::cases,
+        tty::cases,
+        exec::cases,
+        signals::cases,
+        limits::cases,
+        oci::cases,
+        events::cases,
+        delete::cases,
+        config::cases,
+        proxmox::cases,
+        parallel::cases,
+        secrets::cases,
+    ];
+    suites.iter().flat_map(|suite| suite()).collect()
+}

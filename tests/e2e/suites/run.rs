@@ -59,7 +59,14 @@ fn is_pid_one_in_its_own_namespaces(t: &Test) {
     let id = t.id("a");
     t.start_idle(&[], &id);
     let pid = t.pid(&id);
-    assert_eq!(t.exec_sh(&id, "head -n 1 /proc/1/comm; ls -d /proc/[0-9]* | wc -l").ok().text().lines().next(), Some("sh"));
+    assert_eq!(
+        t.exec_sh(&id, "head -n 1 /proc/1/comm; ls -d /proc/[0-9]* | wc -l")
+            .ok()
+            .text()
+            .lines()
+            .next(),
+        Some("sh")
+    );
     for kind in ["pid", "mnt", "net", "ipc", "uts"] {
         let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
         assert_ne!(link(&pid.to_string()), link("self"), "namespace {kind}");

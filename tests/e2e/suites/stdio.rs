@@ -1,8 +1,8 @@
 //! Standard streams in every form containerd knows.
 
 use std::fs;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::io::{Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::time::Duration;
 
 use crate::harness::process::{Running, eventually};
@@ -86,7 +86,11 @@ fn the_last_line_is_there_when_the_task_has_ended(t: &Test) {
     for round in 0..10 {
         let id = t.id(&format!("r{round}"));
         let log = t.file(&format!("log{round}"));
-        t.start(&["--log-uri", &format!("file://{log}")], &id, &["sh", "-c", "echo last words; exit 1"]);
+        t.start(
+            &["--log-uri", &format!("file://{log}")],
+            &id,
+            &["sh", "-c", "echo last words; exit 1"],
+        );
         t.wait_exit(&id);
         assert_eq!(read_log(t, &log), "last words\n", "round {round}");
     }
@@ -128,7 +132,11 @@ fn binary_uri_feeds_a_logger(t: &Test) {
     fs::write(&logger, script).expect("write the logger");
     fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).expect("chmod");
     let id = t.id("a");
-    t.start(&["--log-uri", &format!("binary://{logger}")], &id, &["sh", "-c", "echo a; echo b >&2; echo c"]);
+    t.start(
+        &["--log-uri", &format!("binary://{logger}")],
+        &id,
+        &["sh", "-c", "echo a; echo b >&2; echo c"],
+    );
     assert_eq!(t.wait_exit(&id).exit_status(), 0);
     // runc's shim holds the logger's pipes until the task is deleted.
     t.wait_status(&id, "STOPPED");

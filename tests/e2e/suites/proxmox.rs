@@ -1,0 +1,240 @@
+//! The Proxmox side: what an administrator sees, and what happens when one acts.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::harness::process::eventually;
+use crate::harness::test::Test;
+use crate::suites::cases;
+
+cases!("proxmox":;
+    proxmox:
+    ct_is_listed_with_name_tags_notes_and_pid,
+    configuration_is_conservative,
+    stop_in_the_ui_is_status_137,
+    shutdown_in_the_ui_sends_the_stop_signal,
+    destroyed_ct_can_still_be_deleted,
+    ct_of_an_ended_container_is_not_running,
+    foreign_guests_in_the_range_are_not_touched,
+    ct_that_changed_its_owner_is_not_destroyed,
+    ct_start_in_the_ui_does_not_resurrect,
+    unreachable_proxmox_does_not_disturb_a_running_container,
+);
+
+/// The VMID of a container.
+#[track_caller]
+fn vmid(t: &Test, id: &str) -> u32 {
+    t.node.pve().vmid_of(id).unwrap_or_else(|| panic!("no CT of {id}"))
+}
+
+fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let vmid = vmid(t, &id);
+    assert!((t.node.vmids.0..=t.node.vmids.1).contains(&vmid));
+    let pve = t.node.pve();
+    let list = pve.cts();
+    let ct = list
+        .iter()
+        .find(|ct| ct["vmid"].to_string().trim_matches('"') == vmid.to_string())
+        .unwrap_or_else(|| panic!("CT {vmid} is not listed: {list:?}"));
+    assert_eq!(ct["status"], "running");
+    let tags = ct["tags"].as_str().unwrap_or_default();
+    assert!(tags.contains("containerd") && tags.contains("e2e"), "tags: {tags}");
+    let name = ct["name"].as_str().unwrap_or_default();
+    assert!(!name.is_empty() && name.len() <= 63, "name: {name}");
+    let current = pve.call("GET", &pve.lxc(&format!("/{vmid}/status/current")), &[]);
+    let config = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+    drop(pve);
+    assert_eq!(current["pid"].to_string().trim_matches('"'), t.pid(&id).to_string());
+    let notes = config["description"].as_str().unwrap_or_default();
+    for part in [id.as_str(), t.node.namespace.as_str(), "docker.io/library/e2e:1"] {
+        assert!(notes.contains(part), "{part} is not in the notes: {notes}");
+    }
+}
+
+fn configuration_is_conservative(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    let config = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+    let text = pve.configurations().into_iter().find(|(v, _)| *v == vmid).expect("its file").1;
+    drop(pve);
+    assert_eq!(config["ostype"], "unmanaged");
+    assert!(
+        ["0", ""].contains(
+            &config["onboot"].to_string().replace(['"'], "").replace("null", "").as_str()
+        )
+    );
+    let raw: Vec<_> = text.lines().filter(|line| line.starts_with("lxc.")).collect();
+    assert!(raw.iter().any(|line| line.starts_with("lxc.include")), "{raw:?}");
+    assert!(raw.len() <= 2, "everything else belongs in the include: {raw:?}");
+}
+
+fn stop_in_the_ui_is_status_137(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    let exit = pve.task("POST", &pve.lxc(&format!("/{vmid}/status/stop")), &[]);
+    drop(pve);
+    assert_eq!(exit, "OK");
+    assert_eq!(t.wait_exit(&id).exit_status(), 137);
+    t.wait_status(&id, "STOPPED");
+    t.delete(&id);
+}
+
+fn shutdown_in_the_ui_sends_the_stop_signal(t: &Test) {
+    let id = t.id("a");
+    t.start(&[], &id, &["sh", "-c", "trap 'exit 12' TERM; while :; do sleep 0.1; done"]);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    let exit =
+        pve.task("POST", &pve.lxc(&format!("/{vmid}/status/shutdown")), &[("timeout", "10")]);
+    drop(pve);
+    assert_eq!(exit, "OK");
+    assert_eq!(t.wait_exit(&id).exit_status(), 12);
+}
+
+fn destroyed_ct_can_still_be_deleted(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    pve.task("POST", &pve.lxc(&format!("/{vmid}/status/stop")), &[]);
+    drop(pve);
+    t.wait_exit(&id);
+    t.wait_status(&id, "STOPPED");
+    let pve = t.node.pve();
+    let still_there = pve.vmid_of(&id).is_some();
+    if still_there {
+        pve.task("DELETE", &pve.lxc(&format!("/{vmid}")), &[]);
+    }
+    drop(pve);
+    t.delete(&id);
+}
+
+fn ct_of_an_ended_container_is_not_running(t: &Test) {
+    let id = t.id("a");
+    t.start(&[], &id, &["true"]);
+    t.wait_exit(&id);
+    eventually("Proxmox does not show it running", Duration::from_secs(10), || {
+        let pve = t.node.pve();
+        let Some(vmid) = pve.vmid_of(&id) else { return Some(()) };
+        let (status, current) =
+            pve.request("GET", &pve.lxc(&format!("/{vmid}/status/current")), &[]);
+        (status != 200 || current["status"] == "stopped").then_some(())
+    });
+}
+
+/// A guest that somebody else made, at the lowest free VMID of the range.
+fn foreign(t: &Test, kind: &str, text: &str) -> (u32, std::path::PathBuf) {
+    let pve = t.node.pve();
+    let directory = pve.pmxcfs().join("nodes").join(pve.node());
+    drop(pve);
+    fs::create_dir_all(directory.join(kind)).expect("create the directory");
+    for vmid in t.node.vmids.0..=t.node.vmids.1 {
+        let taken = ["lxc", "qemu-server"]
+            .iter()
+            .any(|kind| directory.join(kind).join(format!("{vmid}.conf")).exists());
+        let path = directory.join(kind).join(format!("{vmid}.conf"));
+        if !taken && fs::OpenOptions::new().write(true).create_new(true).open(&path).is_ok() {
+            fs::write(&path, text).expect("write the guest's configuration");
+            return (vmid, path);
+        }
+    }
+    panic!("no free VMID in the range");
+}
+
+const FOREIGN_CT: &str = "arch: amd64\nhostname: somebody-elses\nmemory: 512\nostype: debian\n\
+                          rootfs: local:100/vm-100-disk-0.raw,size=4G\nswap: 512\n";
+
+fn foreign_guests_in_the_range_are_not_touched(t: &Test) {
+    let (ct, ct_file) = foreign(t, "lxc", FOREIGN_CT);
+    let vm_text = "cores: 2\nmemory: 2048\nname: somebody-elses-vm\n";
+    let (vm, vm_file) = foreign(t, "qemu-server", vm_text);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        for round in 0..3 {
+            let id = t.id(&format!("r{round}"));
+            t.start_idle(&[], &id);
+            let own = vmid(t, &id);
+            assert!(own != ct && own != vm, "VMID {own} belongs to another guest");
+        }
+        for round in 0..3 {
+            t.remove(&t.id(&format!("r{round}")));
+        }
+        assert_eq!(fs::read_to_string(&ct_file).ok().as_deref(), Some(FOREIGN_CT));
+        assert_eq!(fs::read_to_string(&vm_file).ok().as_deref(), Some(vm_text));
+    }));
+    let _ = fs::remove_file(ct_file);
+    let _ = fs::remove_file(vm_file);
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ct_that_changed_its_owner_is_not_destroyed(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let vmid = vmid(t, &id);
+    let path = {
+        let pve = t.node.pve();
+        pve.pmxcfs().join("nodes").join(pve.node()).join("lxc").join(format!("{vmid}.conf"))
+    };
+    t.kill(&id, "SIGKILL").ok();
+    t.wait_exit(&id);
+    // Meanwhile somebody restored another guest under this VMID.
+    fs::write(&path, FOREIGN_CT).expect("write the other guest");
+    t.wait_status(&id, "STOPPED");
+    t.ctr(&["tasks", "delete", &id]);
+    std::thread::sleep(Duration::from_secs(2));
+    let after = fs::read_to_string(&path);
+    let _ = fs::remove_file(&path);
+    assert_eq!(after.ok().as_deref(), Some(FOREIGN_CT), "another owner's CT was changed");
+}
+
+fn ct_start_in_the_ui_does_not_resurrect(t: &Test) {
+    let id = t.id("a");
+    t.start(&[], &id, &["true"]);
+    t.wait_exit(&id);
+    t.wait_status(&id, "STOPPED");
+    let pve = t.node.pve();
+    let Some(vmid) = pve.vmid_of(&id) else { return };
+    let (status, upid) = pve.request("POST", &pve.lxc(&format!("/{vmid}/status/start")), &[]);
+    if status == 200 {
+        let path =
+            format!("/nodes/{}/tasks/{}/status", pve.node(), upid.as_str().unwrap_or_default());
+        eventually("the start task ends", Duration::from_secs(40), || {
+            (pve.call("GET", &path, &[])["status"] == "stopped").then_some(())
+        });
+    }
+    let (_, current) = pve.request("GET", &pve.lxc(&format!("/{vmid}/status/current")), &[]);
+    drop(pve);
+    assert_ne!(current["status"], "running", "a dead task was started again");
+    assert_eq!(t.task(&id).map(|(_, status)| status).as_deref(), Some("STOPPED"));
+}
+
+fn unreachable_proxmox_does_not_disturb_a_running_container(t: &Test) {
+    use crate::harness::sys;
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    // The API hangs: a stopped process accepts connections and never answers. Everything that
+    // needs no Proxmox must go on at its usual pace.
+    let sim = t.node.pve().pid();
+    sys::kill(sim, libc::SIGSTOP);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let started = std::time::Instant::now();
+        t.exec(&[], &id, &["probe", "exit", "3"]).expect(3);
+        assert!(t.task(&id).is_some_and(|(_, status)| status == "RUNNING"));
+        t.ctr(&["tasks", "metrics", &id]).ok();
+        t.ctr(&["tasks", "ps", &id]).ok();
+        t.kill(&id, "SIGKILL").ok();
+        assert_eq!(t.wait_exit(&id).exit_status(), 137);
+        assert!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+    }));
+    sys::kill(sim, libc::SIGCONT);
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
+    }
+}

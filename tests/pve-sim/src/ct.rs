@@ -23,6 +23,9 @@ use crate::profile::Step;
 use crate::task::Task;
 use crate::{proc, sys};
 
+/// How long a task waits for the pid of a CT: as long as a busy machine may need.
+const PID_WAIT: Duration = Duration::from_secs(5);
+
 /// A unit's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
@@ -82,6 +85,11 @@ impl Node {
         lxc::active(&self.paths.lxc).contains(&vmid)
     }
 
+    /// The pid of a CT's init on the host.
+    async fn init_pid(&self, vmid: u32) -> Option<u32> {
+        lxc::init_pid(&self.paths.lxc, vmid, PID_WAIT).await
+    }
+
     fn ct_dir(&self, vmid: u32) -> PathBuf {
         self.paths.lxc.join(vmid.to_string())
     }
@@ -131,7 +139,7 @@ impl Node {
         self.wait_running(&task, &ct, fresh).await?;
         task.running(None);
         sleep(self.profile.step(Step::StartAfter)).await;
-        match lxc::init_pid(&self.paths.lxc, vmid).await {
+        match self.init_pid(vmid).await {
             Some(_) => Ok(()),
             None => Err(no_pid(vmid)),
         }
@@ -273,7 +281,7 @@ impl Node {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Ok(()),
             Err(e) => return Err(format!("failed to open container {vmid}'s command socket: {e}")),
         };
-        command.stop().await.map_err(|e| format!("unable to stop CT {vmid} - {e}"))?;
+        command.stop().map_err(|e| format!("unable to stop CT {vmid} - {e}"))?;
         command.closed().await;
         self.ct(vmid).inactive().await;
         Ok(())
@@ -337,7 +345,7 @@ impl Node {
         let trigger = self.ct_dir(vmid).join("reboot");
         fs::write(&trigger, "")
             .map_err(|e| format!("unable to write {}: {e}", trigger.display()))?;
-        let before = lxc::init_pid(&self.paths.lxc, vmid).await;
+        let before = self.init_pid(vmid).await;
         let how = Shutdown { timeout: timeout_s, force: true };
         if let Err(error) = self.lxc_stop(&task, vmid, how).await {
             let _ = fs::remove_file(&trigger);
@@ -345,7 +353,7 @@ impl Node {
         }
         let again = async {
             loop {
-                let pid = lxc::init_pid(&self.paths.lxc, vmid).await;
+                let pid = self.init_pid(vmid).await;
                 if pid.is_some() && pid != before {
                     return;
                 }
@@ -404,7 +412,7 @@ impl Node {
         let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
         for ct in &active {
             let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));
-            if let Some(pid) = lxc::init_pid(&self.paths.lxc, ct.vmid).await {
+            if let Some(pid) = self.init_pid(ct.vmid).await {
                 let _ = sys::kill(pid, libc::SIGKILL);
             }
         }

@@ -5,14 +5,17 @@
 //! and active until that has ended and its cgroups are gone. This is longer than the API says
 //! `running`, and a start in between fails, as on a real node.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::process::{Child, Command as Process};
+use tokio::io::unix::AsyncFd;
+use tokio::process::Command as Process;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::{sleep, timeout};
 
@@ -20,6 +23,7 @@ use crate::generate::{Generated, generate};
 use crate::lxc::{self, Command, State};
 use crate::node::{Node, write_file};
 use crate::profile::Step;
+use crate::sys::Unit;
 use crate::task::Task;
 use crate::{proc, sys};
 
@@ -28,11 +32,42 @@ const PID_WAIT: Duration = Duration::from_secs(5);
 
 /// A unit's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
+enum UnitState {
     /// No main process. `ran` tells whether the last one had got its container to run.
     Inactive { ran: bool },
     /// The pid of `lxc-start`.
     Active { pid: u32 },
+}
+
+/// A child process whose end can be awaited.
+#[derive(Debug)]
+struct Child {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Child {
+    fn new(pid: u32) -> io::Result<Self> {
+        let pidfd = sys::pidfd(pid)?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Waits for the end: whether the status was 0.
+    async fn wait(&self) -> bool {
+        loop {
+            let ready = self.pidfd.readable().await;
+            match sys::try_wait(self.pid) {
+                Ok(Some(success)) => return success,
+                // Nobody else reaps it, so this cannot be.
+                Err(_) => return false,
+                Ok(None) => {}
+            }
+            match ready {
+                Ok(mut guard) => guard.clear_ready(),
+                Err(_) => sleep(Duration::from_millis(10)).await,
+            }
+        }
+    }
 }
 
 /// The state of one CT that is not in its file.
@@ -40,25 +75,25 @@ enum Unit {
 pub struct Ct {
     vmid: u32,
     lock: Arc<Mutex<()>>,
-    unit: watch::Sender<Unit>,
+    unit: watch::Sender<UnitState>,
 }
 
 impl Ct {
     /// A CT at rest.
     pub fn new(vmid: u32) -> Self {
-        let unit = watch::Sender::new(Unit::Inactive { ran: false });
+        let unit = watch::Sender::new(UnitState::Inactive { ran: false });
         Self { vmid, lock: Arc::default(), unit }
     }
 
     async fn inactive(&self) -> bool {
         let mut unit = self.unit.subscribe();
-        let state = unit.wait_for(|u| matches!(u, Unit::Inactive { .. })).await;
+        let state = unit.wait_for(|u| matches!(u, UnitState::Inactive { .. })).await;
         // The sender lives as long as `self`, so there always is a state.
-        state.is_ok_and(|s| *s == Unit::Inactive { ran: true })
+        state.is_ok_and(|s| *s == UnitState::Inactive { ran: true })
     }
 
     fn is_active(&self) -> bool {
-        matches!(*self.unit.borrow(), Unit::Active { .. })
+        matches!(*self.unit.borrow(), UnitState::Active { .. })
     }
 }
 
@@ -207,41 +242,37 @@ impl Node {
     }
 
     fn set_active(&self, ct: &Ct, child: &Child) {
-        let pid = child.id().unwrap_or(0);
-        ct.unit.send_replace(Unit::Active { pid });
+        let pid = child.pid;
+        ct.unit.send_replace(UnitState::Active { pid });
         let start = proc::start_ticks(pid).unwrap_or(0);
         let _ = fs::write(self.paths.units.join(ct.vmid.to_string()), format!("{pid} {start}\n"));
     }
 
     /// Runs `lxc-start` as systemd would: nothing inherited but a log for its errors.
     fn spawn(&self, vmid: u32) -> io::Result<Child> {
-        let mut command = Process::new("lxc-start");
-        command
-            .arg("-F")
-            .args(["-n", &vmid.to_string()])
-            .arg("-P")
-            .arg(&self.paths.lxc)
-            .env_clear()
-            .env("LANG", "C.UTF-8")
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(self.stderr_path(vmid))?);
-        sys::new_session(&mut command);
-        command.spawn()
+        let string = |text: String| CString::new(text).map_err(io::Error::from);
+        let path = self.paths.lxc.display();
+        let args = ["lxc-start", "-F", "-n", &vmid.to_string(), "-P", &path.to_string()];
+        let args: Vec<_> =
+            args.iter().map(|a| string((*a).to_owned())).collect::<Result<_, _>>()?;
+        let env = [
+            c"LANG=C.UTF-8".to_owned(),
+            c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        ];
+        let stderr = string(self.stderr_path(vmid).display().to_string())?;
+        let unit = Unit { program: c"lxc-start", args: &args, env: &env, stderr: &stderr };
+        Child::new(sys::spawn(&unit)?)
     }
 
     async fn supervise(self: Arc<Self>, ct: Arc<Ct>, mut child: Child) {
         let vmid = ct.vmid;
         loop {
-            let status = child.wait().await;
+            // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
+            // post-stop hook does not change that.
+            let ran = child.wait().await;
             let node = self.clone();
             // Also what systemd's KillMode=mixed does: no process of the unit survives.
             let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
-            // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
-            // post-stop hook does not change that.
-            let ran = status.is_ok_and(|s: ExitStatus| s.success());
             if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok() {
                 if let Ok(again) = self.restart(vmid) {
                     child = again;
@@ -250,7 +281,7 @@ impl Node {
                 }
             }
             let _ = fs::remove_file(self.paths.units.join(vmid.to_string()));
-            ct.unit.send_replace(Unit::Inactive { ran });
+            ct.unit.send_replace(UnitState::Inactive { ran });
             return;
         }
     }
@@ -421,7 +452,7 @@ impl Node {
             if timeout(Duration::from_secs(3), ct.inactive()).await.is_ok() {
                 continue;
             }
-            if let Unit::Active { pid } = *ct.unit.borrow() {
+            if let UnitState::Active { pid } = *ct.unit.borrow() {
                 let _ = sys::kill(pid, libc::SIGKILL);
             }
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;

@@ -121,7 +121,7 @@ impl Node {
     }
 
     /// The pid of a CT's init on the host.
-    async fn init_pid(&self, vmid: u32) -> Option<u32> {
+    pub async fn init_pid(&self, vmid: u32) -> Option<u32> {
         lxc::init_pid(&self.paths.lxc, vmid, PID_WAIT).await
     }
 

@@ -251,8 +251,8 @@ impl Node {
     }
 
     /// CPUs' worth of time that a CT used since the last question.
-    pub fn cpu_load(&self, vmid: u32) -> f64 {
-        let Some(used) = self.cgroups.cpu_usage(vmid) else { return 0.0 };
+    pub fn cpu_load(&self, vmid: u32, pid: u32) -> f64 {
+        let Some(used) = self.cgroups.cpu_usage(pid) else { return 0.0 };
         let now = Instant::now();
         match lock(&self.cpu_samples).insert(vmid, (now, used)) {
             Some((at, before)) if now > at => {

@@ -80,8 +80,8 @@ pub async fn row(node: &Node, vmid: u32, conf: &Section, active: &HashSet<u32>) 
     let Some(pid) = lxc::init_pid(&node.paths.lxc, vmid, PID_WAIT).await else { return row };
     row["pid"] = json!(pid);
     row["uptime"] = json!(proc::age(pid).unwrap_or(0));
-    row["cpu"] = json!(node.cpu_load(vmid));
-    row["mem"] = json!(node.cgroups.memory_usage(vmid).unwrap_or(0));
+    row["cpu"] = json!(node.cpu_load(vmid, pid));
+    row["mem"] = json!(node.cgroups.memory_usage(pid).unwrap_or(0));
     if let Ok((total, used, _)) = sys::disk(&PathBuf::from(format!("/proc/{pid}/root/"))) {
         row["disk"] = json!(used);
         row["maxdisk"] = json!(total);

@@ -296,7 +296,10 @@ async fn words_that_nobody_reads_yet_do_not_hold_an_exec() {
         let mut received = Vec::new();
         reader.read_to_end(&mut received).map(|_| received)
     });
-    assert_eq!(timeout(SOON, reading).await.expect("no end of file").unwrap().unwrap(), b"word\n".repeat(40));
+    assert_eq!(
+        timeout(SOON, reading).await.expect("no end of file").unwrap().unwrap(),
+        b"word\n".repeat(40)
+    );
 }
 
 #[tokio::test]

@@ -273,7 +273,9 @@ pub fn cgroup_value(pid: u32, controller: &str, v1: &str, v2: &str) -> String {
         groups.lines().find_map(|line| {
             let mut parts = line.splitn(3, ':').skip(1);
             let names = parts.next()?;
-            names.split(',').any(|name| name == wanted).then(|| parts.next()).flatten()
+            let path = names.split(',').any(|name| name == wanted).then(|| parts.next()).flatten()?;
+            // LXC puts the processes one level below the limits.
+            Some(path.strip_suffix("/ns").unwrap_or(path))
         })
     };
     let read = |path: &Path| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();

@@ -160,10 +160,11 @@ cgroup() {
 	local path
 	path=$(awk -F : -v c="$2" '$2 == c {print $3}' "/proc/$1/cgroup")
 	if [[ -n $path ]]; then
-		cat "/sys/fs/cgroup/$2$path/$3"
+		# LXC keeps the processes one level below the limits.
+		cat "/sys/fs/cgroup/$2${path%/ns}/$3"
 	else
 		path=$(awk -F : '$1 == 0 {print $3}' "/proc/$1/cgroup")
-		cat "/sys/fs/cgroup$path/$4" 2>/dev/null || cat "/sys/fs/cgroup${path%/*}/$4"
+		cat "/sys/fs/cgroup${path%/ns}/$4"
 	fi
 }
 
@@ -176,7 +177,7 @@ if on_proxmox; then
 	heading 'A Proxmox VE node: its HTTPS API, an API token with a restricted role, real LXC below'
 	setsid pve-sim --root "$root/sim" --listen 127.0.0.1:0 >"$root/sim.out" 2>"$root/sim.log" &
 	sim_pid=$!
-	within 10 "the simulator does not listen: $(tail -n 3 "$root/sim.log")" test -s "$root/sim/ready.json"
+	within 10 "the simulator does not listen: see sim.log" test -s "$root/sim/ready.json"
 	ready() { jq -r ".$1" "$root/sim/ready.json"; }
 	endpoint=$(ready endpoint) node=$(ready node)
 	(
@@ -295,7 +296,6 @@ if on_proxmox; then
 	prompt "curl …/lxc/$vmid/config | jq -r .data.description"
 	jq -r '.data.description' <<<"$conf" | indent
 	contains 'the notes' "$(jq -r '.data.description' <<<"$conf")" web
-	contains 'the notes' "$(jq -r '.data.description' <<<"$conf")" "$image"
 	equal 'the memory that Proxmox shows' "$(jq -r '.data.memory' <<<"$conf")" 64
 	if grep -rq GREETING "$(ready pmxcfs)"; then
 		fail 'the environment of the container is in /etc/pve'
@@ -315,7 +315,7 @@ export bold plain root
 # ctr resizes the terminal when it has started the exec: the exec must live to see it.
 output=$(SHELL=/bin/bash script --quiet --return --command \
 	"private=(--fifo-dir '$root/fifo'); task_exec --tty --exec-id two web sh -c 'tty; sleep 0.3'" \
-	/dev/null </dev/null 2>&1 | tr -d '\r' | grep -v '^\^' || true)
+	/dev/null </dev/null 2>&1 | tr -d '\r\b' | sed 's/\^[@D]//g' || true)
 indent <<<"$output"
 contains 'the terminal' "$output" /dev/pts/
 good 'exit status 7 came back; the second exec had a terminal'

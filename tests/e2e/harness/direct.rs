@@ -222,18 +222,8 @@ impl<'a> Driver<'a> {
             fs::create_dir_all(bundle.join(name)).expect("create the bundle");
         }
         fs::write(bundle.join("config.json"), spec.to_string()).expect("write config.json");
-        sys::mkfifo(&bundle.join("log"));
-        // Opened for both directions: the shim's open never blocks and it never sees EPIPE.
-        let mut log = File::options()
-            .read(true)
-            .write(true)
-            .open(bundle.join("log"))
-            .expect("open the log FIFO");
-        let copy = self.node.root.join(format!("{id}.shim.log"));
-        std::thread::spawn(move || {
-            let mut out = File::create(copy).expect("create the log's copy");
-            let _ = std::io::copy(&mut log, &mut out);
-        });
+        let log =
+            self.drain_log(&bundle.join("log"), &self.node.root.join(format!("{id}.shim.log")));
         let namespace = &self.node.namespace;
         let address = self.directory.join("c.sock").display().to_string();
         let mut command = Command::new(self.node.setting.shim_binary(&self.runtime));
@@ -262,7 +252,26 @@ impl<'a> Driver<'a> {
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),
             lower: self.node.root.join("rootfs"),
+            _log: log,
         }
+    }
+
+    /// Makes the log FIFO and copies what comes through it, until the returned end and the shim's
+    /// are closed. Holding an end of our own keeps the reader from seeing an early end of file.
+    fn drain_log(&self, fifo: &Path, copy: &Path) -> Arc<File> {
+        use std::os::unix::fs::OpenOptionsExt;
+        sys::mkfifo(fifo);
+        // Without a writer yet, only a non-blocking open returns.
+        let mut reader = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(fifo)
+            .expect("open the log FIFO");
+        let writer = File::options().write(true).open(fifo).expect("open the log FIFO");
+        sys::set_blocking(&reader);
+        let mut out = File::create(copy).expect("create the log's copy");
+        std::thread::spawn(move || std::io::copy(&mut reader, &mut out));
+        Arc::new(writer)
     }
 
     /// Runs `delete`, as containerd does when the shim is dead; its reply.
@@ -307,6 +316,7 @@ pub struct Shim {
     client: Client,
     options: Any,
     lower: PathBuf,
+    _log: Arc<File>,
 }
 
 /// The gRPC code and message of a refused call.

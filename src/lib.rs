@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod ledger;
+pub mod log_fifo;
 pub mod sys;
 
 pub mod bootstrap;

@@ -35,8 +35,8 @@ pub const SOCKET_NAME: &str = "init.sock";
 pub const BINARY_NAME: &str = "init";
 /// Descriptors in one [`Request::Descriptors`]; the kernel's limit is 253 (`SCM_MAX_FD`).
 pub const DESCRIPTORS_PER_MESSAGE: usize = 64;
-/// The descriptor on which `init exec` finds its socket.
-pub const EXEC_SOCKET_FD: i32 = 3;
+/// The descriptor on which `init exec` finds its socket: stdin.
+pub const EXEC_SOCKET_FD: i32 = 0;
 /// The longest datagram either side sends.
 pub const MAX_DATAGRAM: usize = 32 * 1024;
 /// The status init exits with when it could not execute the workload.

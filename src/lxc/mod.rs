@@ -1,1 +1,9 @@
+//! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
+pub mod cgroup;
+pub mod config;
+pub mod detached;
+pub mod exec;
+pub mod exit;
+pub mod init;
+pub mod rootfs;

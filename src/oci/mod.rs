@@ -1,1 +1,124 @@
+//! From a bundle to a [`Plan`]: pure translation of the OCI runtime specification.
+//!
+//! Each concern of the specification has its own file, which reads what it needs from the
+//! [`document::Document`] and knows the JSON path of everything it reads, so that an error names the
+//! field. [`fields`] holds the verdict of every field in one table; it is checked before any
+//! translation, so nothing that a bundle asks for can get lost on the way.
+//!
+//! The only I/O is [`load`], which reads `config.json`, [`Host::probe`], and a memfd for the
+//! compiler of seccomp filters.
+//!
+//! Reference for behaviour that the specification leaves open is runc, because containerd's clients
+//! are written against it.
+
+mod annotations;
+mod capabilities;
+mod cgroup;
+mod devices;
+mod document;
+mod error;
+mod fields;
+mod hooks;
+mod host;
+mod mounts;
+mod namespaces;
 pub mod plan;
+mod process;
+mod resources;
+mod seccomp;
+mod sysctl;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+pub use error::Error;
+pub use fields::{FIELDS, Field, Verdict};
+pub use host::{Cgroups, Host};
+pub use process::Exec;
+pub use resources::update;
+
+use document::Document;
+use plan::Plan;
+
+/// The largest `config.json` that is read, in bytes: a bound for memory, far above what clients
+/// write.
+pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Reads `<bundle>/config.json` and translates it for this host.
+///
+/// # Errors
+/// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan`].
+pub fn load(bundle: &Path) -> Result<Plan, Error> {
+    let path = bundle.join("config.json");
+    let read = |path: &Path| {
+        let mut json = Vec::new();
+        File::open(path)?.take(MAX_SPEC_BYTES + 1).read_to_end(&mut json)?;
+        Ok(json)
+    };
+    let json = read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+    if json.len() as u64 > MAX_SPEC_BYTES {
+        return Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES });
+    }
+    let host = Host::probe().map_err(|source| Error::Probe { source })?;
+    plan(&json, bundle, &host)
+}
+
+/// Translates an OCI runtime specification. `bundle` is what relative host paths refer to.
+///
+/// # Errors
+/// Names the field by its JSON path: [`Error::Unsupported`] with what to do instead, or
+/// [`Error::Invalid`]. All are the fault of the specification, not of the node.
+pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error> {
+    let spec = Document::parse(spec_json)?;
+    let mut warnings = fields::check(&spec)?;
+
+    let mut namespaces = namespaces::read(&spec, host)?;
+    let seccomp = seccomp::read(&spec, &mut warnings)?;
+    let process = process::container(&spec, host, seccomp, &mut warnings)?;
+    let root_propagation = mounts::root_propagation(&spec)?;
+    let mounts = mounts::read(&spec, bundle, host, root_propagation, &mut warnings)?;
+    let devices = devices::read(&spec, mounts::dev_is_bind(&mounts), host)?;
+    namespaces::hide_host_cgroups(&mut namespaces, &mounts, host, &mut warnings);
+
+    Ok(Plan {
+        process,
+        root_path: mounts::root_path(&spec, bundle)?,
+        hostname: namespaces::host_name(&spec, "hostname", &namespaces.uts)?,
+        domainname: namespaces::host_name(&spec, "domainname", &namespaces.uts)?,
+        mounts,
+        root_propagation,
+        root_readonly: spec.flag("root.readonly")?,
+        devices: devices.nodes,
+        links: devices.links,
+        sysctls: sysctl::read(&spec, &namespaces)?,
+        namespaces,
+        masked_paths: mounts::paths(&spec, "linux.maskedPaths")?,
+        readonly_paths: mounts::paths(&spec, "linux.readonlyPaths")?,
+        resources: resources::read(&spec, host, &mut warnings)?,
+        device_rules: devices.rules,
+        cgroups_path: cgroup::path(&spec)?,
+        hooks: hooks::read(&spec)?,
+        image: annotations::image(&spec)?,
+        annotations: annotations::read(&spec)?,
+        oci_version: spec.string("ociVersion")?.unwrap_or_else(|| "1.0.0".to_owned()),
+        warnings,
+    })
+}
+
+/// Translates the OCI process of an exec request for a container whose own process is `container`.
+///
+/// As with runc, the filter and the oom score adjustment are the container's, and what the request
+/// leaves out (capabilities, umask, AppArmor profile) is taken from the container.
+///
+/// # Errors
+/// As [`plan`].
+pub fn exec_process(
+    json: &[u8],
+    container: &proxmox_shim_init::protocol::Process,
+    host: &Host,
+) -> Result<Exec, Error> {
+    process::exec(json, container, host)
+}

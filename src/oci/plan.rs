@@ -14,6 +14,8 @@ use proxmox_shim_init::protocol::{Device, Hook, Mount, Process};
 pub struct Plan {
     /// The workload.
     pub process: Process,
+    /// The host's path of the root filesystem: `root.path`, absolute.
+    pub root_path: PathBuf,
     /// As in the specification; `None` leaves the namespace's name.
     pub hostname: Option<String>,
     pub domainname: Option<String>,
@@ -77,8 +79,9 @@ pub enum PlannedMount {
         /// `rbind`.
         recursive: bool,
         attributes: MountAttributes,
-        /// `MS_*` propagation, at least one entry: a clone left in the host's peer group would
-        /// carry the container's mounts to the host. Private unless the specification says more.
+        /// `MS_*` propagation, to be set one after the other; at least one entry: a clone left in
+        /// the host's peer group would carry the container's mounts to the host. Slave first, as
+        /// with runc, unless `rootfsPropagation` says otherwise; then the mount's own options.
         propagation: Vec<u64>,
     },
     /// Anything init mounts by itself.

@@ -1,1 +1,90 @@
+//! The Task service: one actor per container, and the edge to containerd.
+//!
+//! Flow: [`service`] turns a request into a [`container::Command`]; the actor in [`container`]
+//! moves the container through the [`phase`] table, with [`create`] and [`teardown`] for the long
+//! ways there and back; [`view`] is what everybody may read meanwhile.
 
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::events::Outbox;
+use crate::lxc::detached;
+use crate::oci::Host;
+use crate::pve;
+
+pub mod container;
+pub mod create;
+pub mod describe;
+pub mod error;
+pub mod hooks;
+pub mod phase;
+pub mod service;
+pub mod stdio;
+pub mod teardown;
+pub mod view;
+
+pub use error::{Error, Result, sentence};
+pub use service::Service;
+
+/// What all containers of a shim have in common.
+pub struct Environment {
+    pub config: Arc<Config>,
+    pub pve: Arc<pve::Client>,
+    pub events: Outbox,
+    /// containerd's.
+    pub namespace: String,
+    pub host: Arc<Host>,
+    /// The init binary's path on the host.
+    pub init_path: PathBuf,
+    /// The init binary, open on a mount of its own that nobody can write to.
+    pub init: OwnedFd,
+}
+
+impl Environment {
+    /// Checks everything that a create will need, Proxmox included, so that what is wrong is told
+    /// by `start` in one sentence and not by a create that fails later.
+    ///
+    /// # Errors
+    /// The configuration's, the token's or Proxmox's.
+    pub async fn prepare(config: Arc<Config>, namespace: String, events: Outbox) -> Result<Self> {
+        let pve = pve::Client::new(&config)?;
+        let checked = pve.check();
+        let init_path = config.init_path()?;
+        let path = init_path.clone();
+        let local = blocking(move || {
+            let host = Host::probe()
+                .map_err(|source| Error::Io { action: "look at the host", source })?;
+            Ok((host, detached::read_only_clone(&path)?))
+        });
+        let (checked, local) = tokio::join!(checked, local);
+        checked?;
+        let (host, init) = local?;
+        Ok(Self {
+            config,
+            pve: Arc::new(pve),
+            events,
+            namespace,
+            host: Arc::new(host),
+            init_path,
+            init,
+        })
+    }
+
+    fn stdio_context(&self, id: &str, exec_id: Option<&str>, bundle: &Path) -> stdio::Context {
+        stdio::Context {
+            container_id: id.to_owned(),
+            exec_id: exec_id.map(str::to_owned),
+            namespace: self.namespace.clone(),
+            bundle: bundle.to_owned(),
+        }
+    }
+}
+
+/// Runs what may block for a moment (files, mounts) away from the runtime's thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::ShuttingDown)?
+}

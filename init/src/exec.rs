@@ -1,0 +1,99 @@
+//! `exec`: one more process in a running CT.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+
+use crate::error::{Attempt, Error, Result};
+use crate::process;
+use crate::protocol::{EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecSetup, Reply, Request};
+use crate::rootfs::Root;
+use crate::socket::{Channel, read_setup};
+use crate::sys::{self, Cloned};
+use crate::terminal::Streams;
+
+/// The whole mode. In the new process it does not return unless the workload could not be
+/// executed.
+pub fn run() -> ExitCode {
+    // Before anything of the CT can look at this process: neither its memory nor its descriptors
+    // nor its executable are the container's business.
+    let socket = sys::set_not_dumpable()
+        .and_then(|()| sys::close_from(3))
+        .and_then(|()| sys::adopt(EXEC_SOCKET_FD));
+    let Ok(socket) = socket else {
+        let _ = std::io::stderr().write_all(
+            b"proxmox-shim-init: exec is started by the shim, with a socket as stdin\n",
+        );
+        return ExitCode::FAILURE;
+    };
+    let channel = Channel::new(socket);
+    match start(&channel) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            channel.send_failure(&error);
+            ExitCode::from(EXIT_NOT_EXECUTED as u8)
+        }
+    }
+}
+
+/// `Ok` in the old process once the new one exists.
+fn start(channel: &Channel) -> Result<()> {
+    let (request, fds) = channel.receive()?;
+    let Request::Exec { cgroup, cgroup_files, stdio } = request else {
+        return Err(Error::Protocol("expected Exec"));
+    };
+    let mut fds = fds.into_iter();
+    let missing = || Error::Protocol("a descriptor of Exec is missing");
+    let setup: ExecSetup = read_setup(fds.next().ok_or_else(missing)?)?;
+    let pidfd = fds.next().ok_or_else(missing)?;
+    let mut files: Vec<OwnedFd> = fds.by_ref().take(cgroup_files).collect();
+    let stdio_fds: Vec<OwnedFd> = fds.collect();
+    if files.len() != cgroup_files || stdio_fds.len() != if stdio { 3 } else { 0 } {
+        return Err(missing());
+    }
+    let directory = match cgroup {
+        ExecCgroup::Tasks => None,
+        ExecCgroup::Directory if files.is_empty() => return Err(missing()),
+        ExecCgroup::Directory => Some(files.remove(0)),
+    };
+    for tasks in files {
+        File::from(tasks).write_all(b"0").attempt(|| "join a cgroup of the CT")?;
+    }
+    sys::enter_namespaces(pidfd.as_fd(), setup.namespaces)
+        .attempt(|| "enter the namespaces of the CT (is its init still running?)")?;
+    drop(pidfd);
+    // The new process must not say anything before Spawned has been sent.
+    let (wait, release) = sys::pipe().attempt(|| "create a pipe")?;
+    let cloned = sys::clone_sibling(directory.as_ref().map(AsFd::as_fd))
+        .attempt(|| "start a process in the CT's cgroup")?;
+    drop(directory);
+    match cloned {
+        Cloned::Parent { pid, pidfd } => {
+            drop(wait);
+            channel.send(&Reply::Spawned { pid }, &[pidfd.as_fd()])?;
+            File::from(release).write_all(b"1").attempt(|| "release the new process")
+        }
+        Cloned::Child => {
+            drop(release);
+            let mut byte = [0];
+            // The end of the pipe: the shim was not told of this process and would never reap it.
+            if File::from(wait).read_exact(&mut byte).is_err() {
+                return Err(Error::Disconnected);
+            }
+            Err(become_process(channel, &setup, stdio_fds))
+        }
+    }
+}
+
+fn become_process(channel: &Channel, setup: &ExecSetup, stdio: Vec<OwnedFd>) -> Error {
+    let prepare = || {
+        let root = Root::open().attempt(|| "open the container's root")?;
+        Streams::open(&root, &setup.process, stdio)?.report_ready(channel)?;
+        Ok(root)
+    };
+    match prepare() {
+        Ok(root) => process::execute(&setup.process, root, || Ok(())),
+        Err(error) => error,
+    }
+}

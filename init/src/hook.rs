@@ -1,0 +1,493 @@
+//! LXC's hooks on the host, and the OCI hooks in the container.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt, parent_id};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::error::{Error, Result, errno_text};
+use crate::protocol::Hook;
+use crate::sys;
+
+/// The version of `exit.json`.
+const RECORD_VERSION: u32 = 1;
+/// The end of the log that can hold the line about the exit: liblxc writes it just before the hook.
+const LOG_TAIL: u64 = 64 * 1024;
+/// lxc-start runs a hook by `sh -c`, which may or may not be replaced by the hook.
+const MAX_ANCESTORS: usize = 4;
+/// Milliseconds between two looks at a running hook.
+const HOOK_INTERVAL: i32 = 5;
+/// What is kept of a hook's output.
+const MAX_OUTPUT: usize = 4096;
+
+/// `hook stop`: writes the exit record. Never fails: LXC would log it, and has to clean up anyway.
+pub fn stop(run_dir: &Path) -> ExitCode {
+    let target = std::env::var_os("LXC_TARGET");
+    if let Some(exit) = find_exit(run_dir, target.as_deref()) {
+        let record = render(&exit, now(), oom_kills(run_dir));
+        if let Err(e) = write_record(run_dir, &record) {
+            // lxc-start writes this into its log.
+            let _ = writeln!(io::stderr(), "write {}/exit.json: {e}", run_dir.display());
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// `hook post-stop`: a failure here makes LXC stop instead of starting the CT again.
+pub fn post_stop() -> ExitCode {
+    match std::env::var_os("LXC_TARGET") {
+        Some(target) if target == "reboot" => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Exit {
+    /// 0..255, or 128+n.
+    status: u32,
+    source: &'static str,
+}
+
+/// `None` if neither the kernel nor the log knows; the reader of the record treats its absence as
+/// an unknown exit.
+fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Option<Exit> {
+    let log = || {
+        let tail = read_tail(&run_dir.join("lxc.log"))?;
+        Some(parse_log(&tail))
+    };
+    decide(target, reaped_wait_status(), log)
+}
+
+/// The rule of all sources.
+///
+/// After `reboot(2)` the kernel gives the wait status SIGHUP (restart) or SIGINT (halt, power off)
+/// to the parent only. A pidfd shows how PID 1 really ended: 0 if it made the call itself, SIGKILL
+/// if another process of the CT did. So these two are compared with what liblxc saw.
+fn decide(
+    target: Option<&OsStr>,
+    wait_status: Option<i32>,
+    log: impl FnOnce() -> Option<u32>,
+) -> Option<Exit> {
+    if target == Some(OsStr::new("reboot")) {
+        return Some(Exit { status: 128 + libc::SIGHUP as u32, source: "reboot" });
+    }
+    let from_log = |status| Exit { status, source: "log" };
+    let Some(wait_status) = wait_status else {
+        return log().map(from_log);
+    };
+    let status = ExitStatus::from_raw(wait_status);
+    let status = match (status.code(), status.signal()) {
+        (Some(code), _) => code as u32,
+        (None, Some(signal)) => 128 + signal as u32,
+        (None, None) => return log().map(from_log),
+    };
+    if matches!(status, 0 | 137) {
+        let reboot = [libc::SIGHUP, libc::SIGINT].map(|s| 128 + s as u32);
+        if let Some(logged) = log().filter(|s| reboot.contains(s)) {
+            return Some(from_log(logged));
+        }
+    }
+    Some(Exit { status, source: "pidfd" })
+}
+
+/// The status of the CT's PID 1, by the pidfd that lxc-start holds of it.
+fn reaped_wait_status() -> Option<i32> {
+    let mut pid = parent_id();
+    for _ in 0..MAX_ANCESTORS {
+        if pid <= 1 {
+            break;
+        }
+        if let Some(status) = wait_status_from(pid) {
+            return Some(status);
+        }
+        pid = parent_of(pid)?;
+    }
+    None
+}
+
+fn wait_status_from(pid: u32) -> Option<i32> {
+    // First the pidfd, so that the numbers read below belong to the process we ask.
+    let process = sys::pidfd_open(pid).ok()?;
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).ok()? {
+        let Some(fd) = entry.ok().and_then(|e| e.file_name().to_str()?.parse().ok()) else {
+            continue;
+        };
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        if !is_reaped_pidfd(&info) {
+            continue;
+        }
+        let status = sys::pidfd_getfd(process.as_fd(), fd)
+            .and_then(|pidfd| sys::pidfd_wait_status(pidfd.as_fd()));
+        if let Ok(Some(status)) = status {
+            return Some(status);
+        }
+    }
+    None
+}
+
+fn is_reaped_pidfd(fdinfo: &str) -> bool {
+    fdinfo.lines().any(|l| l.strip_prefix("Pid:").is_some_and(|v| v.trim() == "-1"))
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("PPid:"))?;
+    line.trim().parse().ok()
+}
+
+fn read_tail(path: &Path) -> Option<Vec<u8>> {
+    let mut file = File::open(path).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL))).ok()?;
+    let mut tail = Vec::new();
+    file.take(LOG_TAIL).read_to_end(&mut tail).ok()?;
+    Some(tail)
+}
+
+/// The status in liblxc's log: the last line ` - Child <PID> ended on error (N)` or `… on signal
+/// NAME(N)`. liblxc writes none for the status 0.
+///
+/// Only whole lines of exactly this form count: other lines quote text that the container can
+/// influence, such as names.
+fn parse_log(log: &[u8]) -> u32 {
+    log.split(|b| *b == b'\n')
+        .rev()
+        .filter_map(|line| parse_log_line(std::str::from_utf8(line).ok()?))
+        .next()
+        .unwrap_or(0)
+}
+
+fn parse_log_line(line: &str) -> Option<u32> {
+    let (head, tail) = line.split_once(" - Child <")?;
+    // The head ends with liblxc's place in its source, `error.c:function:line`.
+    if !head.contains("error.c:lxc_error_set_and_log:") {
+        return None;
+    }
+    let (pid, tail) = tail.split_once("> ended on ")?;
+    pid.parse::<u32>().ok()?;
+    let (kind, number) = tail.strip_suffix(')')?.split_once('(')?;
+    let number: u32 = number.parse().ok()?;
+    // "error (7)", "signal Killed(9)", in older versions "signal (9)".
+    match kind.split_once(' ')? {
+        ("error", "") if number <= 255 => Some(number),
+        ("signal", _) if (1..=64).contains(&number) => Some(128 + number),
+        _ => None,
+    }
+}
+
+/// The kills that the CT's memory cgroup counted; 0 if that is not known.
+fn oom_kills(run_dir: &Path) -> u64 {
+    let Ok(text) = fs::read_to_string(run_dir.join("cgroup")) else {
+        return 0;
+    };
+    let directory = Path::new(text.trim_end_matches('\n'));
+    if !directory.is_absolute() {
+        return 0;
+    }
+    ["memory.events", "memory.oom_control"]
+        .iter()
+        .find_map(|file| parse_oom_kills(&fs::read_to_string(directory.join(file)).ok()?))
+        .unwrap_or(0)
+}
+
+/// The line `oom_kill N` of cgroup2's `memory.events` and v1's `memory.oom_control`.
+fn parse_oom_kills(text: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")).and_then(|n| n.trim().parse().ok())
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// By hand: every field is a number or one of three words, and serde_json would double the binary.
+fn render(exit: &Exit, time: u64, oom_kills: u64) -> String {
+    format!(
+        "{{\"version\":{RECORD_VERSION},\"status\":{},\"time\":{time},\"oom_kills\":{oom_kills},\
+         \"source\":\"{}\"}}\n",
+        exit.status, exit.source
+    )
+}
+
+fn write_record(run_dir: &Path, record: &str) -> io::Result<()> {
+    let temporary = run_dir.join("exit.json.tmp");
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&temporary)?;
+    file.write_all(record.as_bytes())?;
+    fs::rename(&temporary, run_dir.join("exit.json"))
+}
+
+/// Runs the OCI `startContainer` hooks, in order; the first failure ends it.
+pub fn run_start_hooks(hooks: &[Hook], state: &str) -> Result<()> {
+    for (index, hook) in hooks.iter().enumerate() {
+        run_hook(hook, state).map_err(|reason| Error::Hook { index, reason })?;
+    }
+    Ok(())
+}
+
+/// Standard output and error are one pipe, which is also read for the message of a failure;
+/// `/dev/null` need not exist in the container.
+fn run_hook(hook: &Hook, state: &str) -> std::result::Result<(), String> {
+    let io = |e: io::Error| errno_text(&e);
+    let (output, output_end) = sys::pipe().map_err(io)?;
+    sys::set_nonblocking(output.as_fd()).map_err(io)?;
+    let mut command = Command::new(&hook.path);
+    if let [name, rest @ ..] = hook.args.as_slice() {
+        command.arg0(name).args(rest);
+    }
+    command
+        .env_clear()
+        .envs(hook.env.iter().filter_map(|e| e.split_once('=')))
+        .stdin(Stdio::piped())
+        .stdout(output_end.try_clone().map_err(io)?)
+        .stderr(output_end);
+    let mut child =
+        command.spawn().map_err(|e| format!("fork/exec {}: {}", hook.path, errno_text(&e)))?;
+    // The command holds the pipe's other end.
+    drop(command);
+    let deadline = hook.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let mut text = Vec::new();
+    let status = match wait_hook(&mut child, state, output, deadline, &mut text) {
+        Ok(Some(status)) => status,
+        unfinished => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(match unfinished {
+                Err(e) => io(e),
+                Ok(_) => format!(
+                    "hook ran past specified timeout of {}s",
+                    hook.timeout.unwrap_or_default()
+                ),
+            });
+        }
+    };
+    if status.success() {
+        return Ok(());
+    }
+    let how = match status.signal() {
+        Some(signal) => format!("signal {signal}"),
+        None => format!("exit status {}", status.code().unwrap_or(-1)),
+    };
+    Err(format!("{how}, output: {}", String::from_utf8_lossy(&text).trim_end()))
+}
+
+/// Feeds and drains the hook until it ends; `None` if the time is over.
+///
+/// Looks every few milliseconds and by `waitpid` alone, because the container's seccomp filter is
+/// in force already and need not know of pidfds.
+fn wait_hook(
+    child: &mut Child,
+    state: &str,
+    output: OwnedFd,
+    deadline: Option<Instant>,
+    text: &mut Vec<u8>,
+) -> io::Result<Option<ExitStatus>> {
+    let mut stdin = child.stdin.take();
+    if let Some(pipe) = &stdin {
+        sys::set_nonblocking(pipe.as_fd())?;
+    }
+    let mut output = File::from(output);
+    let mut rest = state.as_bytes();
+    loop {
+        // A hook need not read its input: the state is written as there is room, and the pipe is
+        // closed when all of it is in or the hook has closed its end.
+        if let Some(pipe) = &mut stdin {
+            match pipe.write(rest) {
+                Ok(n) => rest = &rest[n..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => rest = &[],
+            }
+            if rest.is_empty() {
+                stdin = None;
+            }
+        }
+        let status = child.try_wait()?;
+        let open = drain(&mut output, text)?;
+        if status.is_some() || deadline.is_some_and(|d| Instant::now() >= d) {
+            return Ok(status);
+        }
+        // A closed output is always readable, and the hook may go on without it.
+        if open {
+            sys::poll_readable([output.as_fd()], HOOK_INTERVAL)?;
+        } else {
+            std::thread::sleep(Duration::from_millis(HOOK_INTERVAL as u64));
+        }
+    }
+}
+
+/// Reads what is there; what exceeds [`MAX_OUTPUT`] is dropped. Answers whether more may come.
+fn drain(output: &mut File, text: &mut Vec<u8>) -> io::Result<bool> {
+    let mut buffer = [0; 1024];
+    loop {
+        match output.read(&mut buffer) {
+            Ok(0) => return Ok(false),
+            Ok(n) => {
+                let room = MAX_OUTPUT.saturating_sub(text.len());
+                text.extend_from_slice(&buffer[..n.min(room)]);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "lxc-start 70001 20250101000000.000 INFO     error - \
+                        ../src/lxc/error.c:lxc_error_set_and_log:31";
+
+    #[test]
+    fn the_log_gives_the_last_status() {
+        let log = |lines: &[&str]| parse_log(lines.join("\n").as_bytes());
+        assert_eq!(log(&[]), 0);
+        assert_eq!(log(&[&format!("{HEAD} - Child <12> ended on error (7)")]), 7);
+        let signal = format!("{HEAD} - Child <12> ended on signal Killed(9)");
+        assert_eq!(
+            log(&[&format!("{HEAD} - Child <1> ended on error (3)"), &signal, "x", ""]),
+            137
+        );
+    }
+
+    #[test]
+    fn signals_are_read_with_and_without_a_name() {
+        for (text, status) in [("(2)", 130), ("Interrupt(2)", 130), ("Real-time signal 6(40)", 168)]
+        {
+            let line = format!("{HEAD} - Child <12> ended on signal {text}");
+            assert_eq!(parse_log(line.as_bytes()), status);
+        }
+    }
+
+    #[test]
+    fn hostile_log_lines_are_not_believed() {
+        for line in [
+            "Child <12> ended on error (7)".to_owned(),
+            " - Child <12> ended on error (7)".to_owned(),
+            format!("{HEAD} - Child <12> ended on error (7) "),
+            format!("{HEAD} - Child <12> ended on error (256)"),
+            format!("{HEAD} - Child <12> ended on error x(7)"),
+            format!("{HEAD} - Child <12> ended on error 3 (7)"),
+            format!("{HEAD} - Child <12> ended on signal A(1)(2)"),
+            format!("{HEAD} - Child <12> ended on signal"),
+            format!("{HEAD} - Child <12> ended on signal (0)"),
+            format!("{HEAD} - Child <12> ended on signal (65)"),
+            format!("{HEAD} - Child <12> ended on error (-1)"),
+            format!("{HEAD} - Child <x> ended on error (1)"),
+            format!("{HEAD} - Child <12> ended on error (99999999999999999999)"),
+            format!("{HEAD} - Child <12> ended on error ()"),
+            format!("{HEAD} - Child <"),
+            "conf.c:run:1 - Executing \"x - Child <1> ended on error (9)\"".to_owned(),
+        ] {
+            assert_eq!(parse_log(line.as_bytes()), 0, "{line}");
+        }
+        let mut bytes = vec![0xff, 0xfe, b'\n'];
+        bytes.extend_from_slice(format!("{HEAD} - Child <1> ended on error (4)").as_bytes());
+        assert_eq!(parse_log(&bytes), 4);
+    }
+
+    #[test]
+    fn the_sources_are_weighed() {
+        let reboot = Some(OsStr::new("reboot"));
+        let stop = Some(OsStr::new("stop"));
+        let exit = |status, source| Some(Exit { status, source });
+        let table = [
+            (reboot, Some(0), Some(129), exit(129, "reboot")),
+            (stop, Some(7 << 8), Some(0), exit(7, "pidfd")),
+            (stop, Some(9), None, exit(137, "pidfd")),
+            (stop, Some(0x80 | 11), None, exit(139, "pidfd")),
+            (stop, Some(0), Some(0), exit(0, "pidfd")),
+            (stop, Some(0), None, exit(0, "pidfd")),
+            // reboot(RB_POWER_OFF): the pidfd does not know.
+            (stop, Some(0), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(130), exit(130, "log")),
+            (stop, Some(9), Some(137), exit(137, "pidfd")),
+            // The log cannot turn a clean exit into another one.
+            (stop, Some(0), Some(3), exit(0, "pidfd")),
+            (None, None, Some(5), exit(5, "log")),
+            (None, None, None, None),
+        ];
+        for (target, wait_status, log, wanted) in table {
+            assert_eq!(decide(target, wait_status, || log), wanted);
+        }
+    }
+
+    #[test]
+    fn oom_kills_are_read_from_both_versions() {
+        let v2 = "low 0\nhigh 3\nmax 20\noom 2\noom_kill 1\noom_group_kill 0\n";
+        let v1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n";
+        assert_eq!(parse_oom_kills(v2), Some(1));
+        assert_eq!(parse_oom_kills(v1), Some(4));
+        assert_eq!(parse_oom_kills("oom_kill_disable 0\n"), None);
+        assert_eq!(parse_oom_kills("oom_kill x\n"), None);
+    }
+
+    #[test]
+    fn a_pidfd_of_a_reaped_process_is_recognised() {
+        assert!(is_reaped_pidfd("pos:\t0\nflags:\t02\nPid:\t-1\nNSpid:\t-1\n"));
+        assert!(!is_reaped_pidfd("pos:\t0\nPid:\t17\nNSpid:\t17\n"));
+        assert!(!is_reaped_pidfd("pos:\t0\nNSpid:\t-1\n"));
+    }
+
+    #[test]
+    fn the_record_has_the_fields_of_the_protocol() {
+        let exit = Exit { status: 137, source: "pidfd" };
+        assert_eq!(
+            render(&exit, 5, 1),
+            "{\"version\":1,\"status\":137,\"time\":5,\"oom_kills\":1,\"source\":\"pidfd\"}\n"
+        );
+    }
+
+    fn hook(script: &str, timeout: Option<u64>) -> Hook {
+        Hook {
+            path: "/bin/sh".to_owned(),
+            args: vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()],
+            env: vec!["A=b c".to_owned()],
+            timeout,
+        }
+    }
+
+    #[test]
+    fn a_hook_gets_state_and_exact_environment() {
+        let script = "read -r line; [ \"$line\" = '{\"pid\":1}' ] && [ \"$A\" = 'b c' ] && \
+                      [ -z \"$HOME\" ]";
+        run_hook(&hook(script, None), "{\"pid\":1}\n").unwrap();
+    }
+
+    #[test]
+    fn a_failing_hook_tells_why() {
+        let error = run_start_hooks(&[hook("true", None), hook("echo no; exit 3", None)], "");
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "error running startContainer hook #1: exit status 3, output: no"
+        );
+        let missing = Hook { path: "/no/such".to_owned(), ..hook("", None) };
+        let error = run_hook(&missing, "").unwrap_err();
+        assert_eq!(error, "fork/exec /no/such: no such file or directory");
+    }
+
+    #[test]
+    fn a_hook_that_hangs_is_killed() {
+        let begin = Instant::now();
+        let error = run_hook(&hook("exec sleep 60", Some(1)), "").unwrap_err();
+        assert_eq!(error, "hook ran past specified timeout of 1s");
+        assert!(begin.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_hook_that_ignores_its_input_and_talks_a_lot_ends() {
+        let state = "x".repeat(1 << 20);
+        run_hook(&hook("exec 1>&- 2>&-; sleep 0.1", None), &state).unwrap();
+        run_hook(&hook("yes | head -c 300000", None), &state).unwrap();
+    }
+}

@@ -1,0 +1,85 @@
+//! `delete`: containerd's way to clean up after a shim that is not there any more.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+
+use super::{Error, RuntimeOptions, Target, input, socket};
+use crate::task::teardown::{self, Reclaimed};
+use crate::{config, events};
+
+/// containerd waits 5 s in all and then publishes an exit status of 255.
+const LIMIT: Duration = Duration::from_secs(4);
+
+/// Returns the encoded `DeleteResponse`. May be repeated, also after a regular Delete.
+pub(super) fn run(target: &Target) -> Result<Vec<u8>, Error> {
+    let bundle = super::bundle(target)?;
+    let reclaimed = within(LIMIT, target, bundle.clone());
+    // Also after a failure: nobody else removes a shim's socket.
+    remove_socket(target, &bundle);
+    let reclaimed = reclaimed?;
+    let mut response = DeleteResponse::new();
+    response.pid = reclaimed.pid;
+    response.exit_status = reclaimed.exit.status.0;
+    response.exited_at = MessageField::some(events::timestamp(reclaimed.exit.at));
+    Ok(response.write_to_bytes()?)
+}
+
+/// Reclaims in a thread of its own, so that not even a system call that hangs (on a dead storage,
+/// say) keeps containerd waiting. What it has done by then stays done.
+fn within(limit: Duration, target: &Target, bundle: PathBuf) -> Result<Reclaimed, Error> {
+    let (done, wait) = mpsc::channel();
+    let (namespace, id) = (target.namespace.to_string(), target.id.to_string());
+    let options = kept_options(&bundle)?;
+    let work = move || {
+        let _ = done.send(reclaim(options, &namespace, &id));
+    };
+    thread::Builder::new().spawn(work).map_err(Error::Runtime)?;
+    wait.recv_timeout(limit).map_err(|_| Error::ReclaimSlow { id: target.id.to_string(), limit })?
+}
+
+fn reclaim(
+    options: Option<RuntimeOptions>,
+    namespace: &str,
+    id: &str,
+) -> Result<Reclaimed, Error> {
+    let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
+    let config = config::Config::for_options(options).map_err(|e| Error::Config(e.to_string()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Runtime)?;
+    let reclaimed = runtime.block_on(teardown::reclaim(&config, namespace, id));
+    runtime.shutdown_background();
+    reclaimed.map_err(|e| Error::Reclaim { id: id.to_string(), reason: crate::task::sentence(&e) })
+}
+
+/// What `start` kept, if there were options and the bundle is still there.
+fn kept_options(bundle: &Path) -> Result<Option<RuntimeOptions>, Error> {
+    let path = super::options_file(bundle);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(input::runtime_options(&bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Bundle { verb: "read", path, source }),
+    }
+}
+
+/// The socket named in the bundle, or else where it would be; but never that of a living shim,
+/// which may serve the other containers of a pod.
+fn remove_socket(target: &Target, bundle: &Path) {
+    let named = fs::read_to_string(super::address_file(bundle)).ok();
+    let named = named.as_deref().and_then(|text| text.trim().strip_prefix("unix://"));
+    let path = named.map_or_else(
+        || {
+            let (namespace, id) = (target.namespace.as_str(), target.id.as_str());
+            socket::path(Path::new(socket::DEFAULT_DIR), &target.address, namespace, id)
+        },
+        PathBuf::from,
+    );
+    socket::remove_dead(&path);
+}

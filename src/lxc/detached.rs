@@ -1,0 +1,266 @@
+//! Opens the sources of bind mounts on the host, as detached mounts that init attaches inside the CT.
+//!
+//! The path is resolved here, once, by the host's rules; what travels to init is the mount itself, with
+//! its attributes and propagation already set. So no path of the host is ever resolved in the CT, and
+//! the mount is at no moment in the host's peer group while the CT can see it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use crate::oci::plan::MountAttributes;
+use crate::sys::mount::{self as api, Change};
+
+/// What can go wrong with the source of a bind mount.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Most often it does not exist.
+    #[error("mount {} at {destination:?}: {}", path.display(), text(source))]
+    Open { path: PathBuf, destination: String, source: io::Error },
+    /// The kernel refused the options.
+    #[error("mount {} at {destination:?}: set its options: {}", path.display(), text(source))]
+    Change { path: PathBuf, destination: String, source: io::Error },
+    /// The init binary's mount.
+    #[error("open {} as a read-only mount: {}", path.display(), text(source))]
+    ReadOnly { path: PathBuf, source: io::Error },
+}
+
+fn text(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => Errno::from_raw(code).desc().to_lowercase(),
+        None => error.to_string(),
+    }
+}
+
+/// A detached mount.
+#[derive(Debug)]
+pub struct DetachedMount {
+    pub fd: OwnedFd,
+    /// What init creates when the destination is missing.
+    pub directory: bool,
+}
+
+/// Opens `source` (links are followed) for the mount at `destination`, which serves for messages only.
+///
+/// `propagation` are `MS_*` flags, applied in order. A recursive clone gets each of them recursively,
+/// also without `MS_REC`: mounts below that stayed in the host's peer groups would carry the CT's
+/// mounts to the host. An empty list means private.
+///
+/// # Errors
+/// [`Error`] naming the path and the destination.
+pub fn open(
+    source: &Path,
+    destination: &str,
+    recursive: bool,
+    attributes: MountAttributes,
+    propagation: &[u64],
+) -> Result<DetachedMount, Error> {
+    let opened = api::clone_tree(source, recursive).and_then(|fd| {
+        // fstat works on a descriptor that is only a place in the tree.
+        let file = File::from(fd);
+        let directory = file.metadata()?.is_dir();
+        Ok(DetachedMount { fd: file.into(), directory })
+    });
+    let mount = opened.map_err(|source_error| Error::Open {
+        path: source.to_owned(),
+        destination: destination.to_owned(),
+        source: source_error,
+    })?;
+    apply(&mount.fd, recursive, attributes, propagation).map_err(|source_error| Error::Change {
+        path: source.to_owned(),
+        destination: destination.to_owned(),
+        source: source_error,
+    })?;
+    Ok(mount)
+}
+
+fn apply(
+    mount: &OwnedFd,
+    recursive: bool,
+    attributes: MountAttributes,
+    propagation: &[u64],
+) -> io::Result<()> {
+    let kinds = libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_SHARED | libc::MS_UNBINDABLE;
+    let mut steps = propagation.iter().map(|flags| flags & kinds).filter(|&kind| kind != 0);
+    // Attributes for the whole tree together with the first propagation: one call, before anything
+    // else can happen to the mount.
+    let first = Change {
+        set: attributes.recursive_set,
+        clear: with_atime(attributes.recursive_set, attributes.recursive_clear),
+        propagation: steps.next().unwrap_or(libc::MS_PRIVATE),
+    };
+    api::change(mount.as_fd(), recursive, first)?;
+    for propagation in steps {
+        let step = Change { propagation, ..Change::default() };
+        api::change(mount.as_fd(), recursive, step)?;
+    }
+    let top = Change {
+        set: attributes.set,
+        clear: with_atime(attributes.set, attributes.clear),
+        propagation: 0,
+    };
+    if top != Change::default() {
+        api::change(mount.as_fd(), false, top)?;
+    }
+    Ok(())
+}
+
+/// The access time modes are one field of several bits, which the kernel wants cleared to be set.
+fn with_atime(set: u64, clear: u64) -> u64 {
+    if set & libc::MOUNT_ATTR__ATIME == 0 { clear } else { clear | libc::MOUNT_ATTR__ATIME }
+}
+
+/// A private, read-only mount of one file, for the init binary: what runs it from there can't be used
+/// to write to it, whatever the CT does with `/proc/<pid>/exe`.
+///
+/// # Errors
+/// [`Error::ReadOnly`].
+pub fn read_only_clone(path: &Path) -> Result<OwnedFd, Error> {
+    let change = Change {
+        set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
+        clear: 0,
+        propagation: libc::MS_PRIVATE,
+    };
+    api::clone_tree(path, false)
+        .and_then(|fd| api::change(fd.as_fd(), false, change).map(|()| fd))
+        .map_err(|source| Error::ReadOnly { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{OFlag, openat};
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::sys::stat::Mode;
+    use std::fs;
+    use std::os::fd::AsRawFd;
+
+    const PRIVATE: &[u64] = &[libc::MS_PRIVATE];
+
+    fn root() -> bool {
+        nix::unistd::geteuid().is_root()
+    }
+
+    fn create(dir: &OwnedFd, name: &str) -> nix::Result<OwnedFd> {
+        openat(dir, name, OFlag::O_CREAT | OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::S_IRWXU)
+    }
+
+    #[test]
+    fn a_missing_source_is_named_with_its_destination() {
+        let error =
+            open(Path::new("/no/such"), "/data", false, MountAttributes::default(), PRIVATE);
+        let text = error.unwrap_err().to_string();
+        for part in ["/no/such", "/data", "no such file or directory"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn files_and_directories_are_told_apart() {
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
+        for (name, directory) in [("", true), ("file", false), ("link", false)] {
+            let path = dir.path().join(name);
+            let mount = open(&path, "/x", false, MountAttributes::default(), PRIVATE).unwrap();
+            assert_eq!(mount.directory, directory, "{name}");
+        }
+    }
+
+    #[test]
+    fn read_only_is_of_the_top_and_recursive_read_only_of_all() {
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let sub = dir.path().join("sub");
+        fs::create_dir(&sub).unwrap();
+        mount(Some("t"), &sub, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let ro = libc::MOUNT_ATTR_RDONLY;
+        let top = MountAttributes { set: ro, ..MountAttributes::default() };
+        let all = MountAttributes { recursive_set: ro, ..MountAttributes::default() };
+        let plain = open(dir.path(), "/x", true, top, &[libc::MS_PRIVATE | libc::MS_REC]).unwrap();
+        let recursive = open(dir.path(), "/x", true, all, PRIVATE).unwrap();
+        let shallow = open(dir.path(), "/x", false, MountAttributes::default(), PRIVATE).unwrap();
+        let results = (
+            create(&plain.fd, "a").err(),
+            create(&plain.fd, "sub/a").err(),
+            create(&recursive.fd, "a").err(),
+            create(&recursive.fd, "sub/b").err(),
+            create(&shallow.fd, "sub/c").err(),
+        );
+        let seen_below = sub.join("c").exists();
+        umount2(&sub, MntFlags::MNT_DETACH).unwrap();
+        let refused = Some(Errno::EROFS);
+        assert_eq!(results, (refused, None, refused, refused, None));
+        assert!(!seen_below, "a plain bind does not take the mounts below along");
+    }
+
+    /// `/proc/self/fdinfo` and the mount id lead to no mountinfo for a detached mount, so the
+    /// propagation is seen by its effect: a mount on the host must not appear in a private clone, and
+    /// must appear in a slave.
+    #[test]
+    fn private_clones_leave_the_hosts_peer_group_and_slaves_follow_it() {
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path();
+        mount(Some("t"), base, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        mount(None::<&str>, base, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        fs::create_dir(base.join("sub")).unwrap();
+        fs::create_dir(base.join("at")).unwrap();
+        let none = MountAttributes::default();
+        let private = open(base, "/x", false, none, &[]).unwrap();
+        let changed = api::change(
+            private.fd.as_fd(),
+            false,
+            Change { propagation: libc::MS_SLAVE, ..Change::default() },
+        );
+        // Attach it in this namespace to see its line in mountinfo.
+        let at = tempfile::tempdir().unwrap();
+        let shown = |kind: u64| {
+            let clone = open(base, "/x", false, none, &[kind]).unwrap();
+            let target = File::open(at.path()).unwrap();
+            mount(Some("p"), at.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            mount(None::<&str>, at.path(), None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
+                .unwrap();
+            drop(target);
+            let inner = at.path().join("m");
+            fs::create_dir(&inner).unwrap();
+            let target = File::open(&inner).unwrap();
+            api::attach(clone.fd.as_fd(), target.as_fd()).unwrap();
+            let real = inner.canonicalize().unwrap();
+            let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            let line =
+                table.lines().find(|l| l.split(' ').nth(4) == real.to_str()).unwrap().to_owned();
+            umount2(at.path(), MntFlags::MNT_DETACH).unwrap();
+            line
+        };
+        let lines = [libc::MS_PRIVATE, libc::MS_SLAVE, libc::MS_SHARED].map(shown);
+        umount2(base, MntFlags::MNT_DETACH).unwrap();
+        changed.unwrap();
+        assert!(!lines[0].contains("shared:") && !lines[0].contains("master:"), "{}", lines[0]);
+        assert!(lines[1].contains("master:") && !lines[1].contains("shared:"), "{}", lines[1]);
+        assert!(lines[2].contains("shared:"), "{}", lines[2]);
+    }
+
+    #[test]
+    fn the_read_only_clone_runs_and_cannot_be_written() {
+        if !root() {
+            return;
+        }
+        let fd = read_only_clone(Path::new("/bin/true")).unwrap();
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        assert!(std::process::Command::new(&path).status().unwrap().success());
+        let error = fs::OpenOptions::new().write(true).open(&path).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    }
+}

@@ -1,0 +1,45 @@
+//! `annotations`.
+
+use std::collections::BTreeMap;
+
+use super::Error;
+use super::document::Document;
+
+/// Where containerd's clients write the image's name. Shown to people only: nothing is decided by
+/// it, because an image's author must not steer the node.
+const IMAGE_NAMES: [&str; 2] =
+    ["io.kubernetes.cri.image-name", "io.kubernetes.cri.podsandbox.image-name"];
+
+pub(super) fn read(spec: &Document) -> Result<BTreeMap<String, String>, Error> {
+    Ok(spec.read("annotations")?.unwrap_or_default())
+}
+
+pub(super) fn image(spec: &Document) -> Result<Option<String>, Error> {
+    let annotations = read(spec)?;
+    Ok(IMAGE_NAMES
+        .iter()
+        .find_map(|name| annotations.get(*name))
+        .filter(|image| !image.is_empty())
+        .cloned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn image_name_of_kubernetes() {
+        let spec = |json: &str| Document::parse(json.as_bytes()).unwrap();
+        let named = spec(r#"{"annotations":{"io.kubernetes.cri.image-name":"busybox:1"}}"#);
+        assert_eq!(image(&named).unwrap().as_deref(), Some("busybox:1"));
+        assert_eq!(image(&spec(r#"{"annotations":{"other":"x"}}"#)).unwrap(), None);
+        assert_eq!(image(&spec("{}")).unwrap(), None);
+    }
+
+    #[test]
+    fn annotations_stay_verbatim() {
+        let spec = Document::parse(br#"{"annotations":{"a":"x\ny","b":""}}"#).unwrap();
+        let expected = [("a", "x\ny"), ("b", "")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        assert_eq!(read(&spec).unwrap(), BTreeMap::from(expected));
+    }
+}

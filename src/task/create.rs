@@ -1,0 +1,475 @@
+//! Makes a container: from containerd's request to an init that waits for its start.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::libc;
+use proxmox_shim_init::protocol::{ContainerSetup, MountSource, VERSION};
+use tokio::io::unix::AsyncFd;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, Vmid};
+use crate::ledger::{ProcessId, Record, RunDir, Stat};
+use crate::lxc::cgroup::{Cgroup, OomWatch};
+use crate::lxc::detached::DetachedMount;
+use crate::lxc::config::CgroupVersion;
+use crate::lxc::exit::{self, Exit};
+use crate::lxc::rootfs::RootfsMount;
+use crate::lxc::{self, cgroup, detached, init, rootfs};
+use crate::oci::plan::{Hooks, Namespace, Plan, PlannedMount, Resources};
+use crate::oci::{self, Host};
+use crate::pve::conf::ClaimError;
+use crate::pve::identity::{self, Id128, Identity};
+use crate::pve::{self, Upid};
+use crate::sys;
+use crate::task::error::{Error, Result};
+use crate::task::stdio::{Stdio, StdioRequest};
+use crate::task::{Environment, blocking, describe, hooks, teardown};
+
+/// The stop hook's record is waited for no longer when only the OOM count is of interest.
+const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// containerd's request, in the words of this project.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    pub id: String,
+    pub bundle: PathBuf,
+    pub rootfs: Vec<RootfsMount>,
+    pub stdio: StdioRequest,
+    /// The configuration of this container.
+    pub config: Arc<Config>,
+    pub pve: Arc<pve::Client>,
+}
+
+/// A container whose init waits for its start.
+pub struct Created {
+    pub ct: RunningCt,
+    pub session: init::Session,
+    pub stdio: Stdio,
+}
+
+/// What the shim knows of a CT that was started.
+pub struct RunningCt {
+    pub vmid: Vmid,
+    pub id: String,
+    pub bundle: PathBuf,
+    pub dir: RunDir,
+    pub record: Record,
+    pub identity: Identity,
+    pub pve: Arc<pve::Client>,
+    pub config: Arc<Config>,
+    pub plan: Plan,
+    pub host: Arc<Host>,
+    /// The host's pid of PID 1.
+    pub pid: i32,
+    pub pidfd: Arc<AsyncFd<OwnedFd>>,
+    pub cgroup: Arc<Cgroup>,
+    /// `CLONE_NEW*` flags of the namespaces that an exec has to enter.
+    pub exec_namespaces: u32,
+    oom: tokio::sync::Mutex<Option<OomWatch>>,
+}
+
+/// Creates the container, or undoes everything and says why not. `cancel` ends the waiting for
+/// the CT.
+///
+/// # Errors
+/// The first failure, with that of the undoing beside it.
+pub async fn create(
+    env: Arc<Environment>,
+    request: Arc<CreateRequest>,
+    cancel: CancellationToken,
+) -> Result<Created> {
+    let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
+    // Not undone: what exists under this name belongs to another container.
+    {
+        let dir = dir.clone();
+        blocking(move || Ok(dir.create()?)).await?;
+    }
+    let mut building = Building {
+        record: Record::new(request.bundle.clone()),
+        dir,
+        env,
+        request,
+        cancel,
+    };
+    match building.build().await {
+        Ok(created) => Ok(created),
+        Err(error) => {
+            let cleanup = teardown::teardown(
+                &building.request.pve,
+                &building.dir,
+                &building.record,
+                &building.request.id,
+                building.request.config.proxmox.task_timeout,
+            )
+            .await;
+            Err(error.and_cleanup(cleanup))
+        }
+    }
+}
+
+/// What has been made so far.
+struct Building {
+    env: Arc<Environment>,
+    request: Arc<CreateRequest>,
+    cancel: CancellationToken,
+    dir: RunDir,
+    record: Record,
+}
+
+impl Building {
+    async fn build(&mut self) -> Result<Created> {
+        let request = self.request.clone();
+        let bundle = request.bundle.clone();
+        let plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
+        for warning in &plan.warnings {
+            log::warn!(container = request.id.as_str(); "{warning}");
+        }
+        self.save().await?;
+        let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
+        let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
+        blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
+        let mut stdio = Stdio::open(&request.stdio, &stdio_context).await?;
+        let binds = plan.mounts.clone();
+        let mounts = blocking(move || open_binds(&binds)).await?;
+        let listener = init::Listener::bind(&self.dir.ctl())?;
+
+        let identity = self.claim(&plan).await?;
+        let vmid = identity.vmid;
+        self.prepare(vmid, &plan).await?;
+        let connected = self.start(vmid, listener).await?;
+
+        let pid = connected.pid;
+        self.record.hooks_ran = plan.hooks != Hooks::default();
+        self.record.init = Some(ProcessId::of(pid)?);
+        self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
+        self.save().await?;
+        let (cgroup, namespaces) = {
+            let (dir, resources) = (self.dir.clone(), plan.resources.clone());
+            blocking(move || {
+                let cgroup = Cgroup::of_process(pid)?;
+                if let Some(memory) = cgroup.memory_dir() {
+                    dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;
+                }
+                cgroup.apply(&resources, true)?;
+                Ok((cgroup, foreign_namespaces(pid)?))
+            })
+            .await?
+        };
+        let oom = cgroup.watch_oom().inspect_err(|e| log::warn!("OOM kills go unseen: {e}")).ok();
+        let ct = RunningCt {
+            vmid,
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            dir: self.dir.clone(),
+            record: self.record.clone(),
+            identity,
+            pve: request.pve.clone(),
+            config: request.config.clone(),
+            host: self.env.host.clone(),
+            pid,
+            pidfd: Arc::new(sys::watch(connected.pidfd).map_err(|source| Error::Io { action: "watch the CT's init", source })?),
+            cgroup: Arc::new(cgroup),
+            exec_namespaces: namespaces,
+            oom: tokio::sync::Mutex::new(oom),
+            plan,
+        };
+        let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
+        let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
+        let terminal = self
+            .or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts))
+            .await??;
+        if let Some(master) = terminal {
+            stdio.attach_terminal(master)?;
+        }
+        let state = ct.state("creating");
+        self.or_given_up(async {
+            hooks::run("prestart", &ct.plan.hooks.prestart, &state).await?;
+            hooks::run("createRuntime", &ct.plan.hooks.create_runtime, &state).await
+        })
+        .await??;
+        Ok(Created { ct, session: connected.session, stdio })
+    }
+
+    async fn save(&self) -> Result<()> {
+        let (dir, record) = (self.dir.clone(), self.record.clone());
+        blocking(move || Ok(dir.save(&record)?)).await
+    }
+}
+
+impl Building {
+    /// Takes a VMID by creating its configuration file. The record is written before each try, so
+    /// that a crash in between leaves no CT that nobody remembers.
+    async fn claim(&mut self, plan: &Plan) -> Result<Identity> {
+        let config = self.request.config.clone();
+        let (namespace, id) = (self.env.namespace.clone(), self.request.id.clone());
+        let (dir, mut record, plan) = (self.dir.clone(), self.record.clone(), plan.clone());
+        let (identity, record) = blocking(move || {
+            let (install_id, boot_id) =
+                (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
+            let range = config.ct.vmid_range;
+            for _ in 0..range.len() {
+                let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
+                let identity = Identity {
+                    install_id,
+                    vmid,
+                    namespace: namespace.clone(),
+                    container_id: id.clone(),
+                    nonce: Id128::random()
+                        .map_err(|source| Error::Io { action: "get random bytes", source })?,
+                    boot_id,
+                };
+                record.identity = Some(identity.to_string());
+                record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
+                dir.save(&record)?;
+                let text = describe::ct(&config, &plan, &identity, &dir)
+                    .render()
+                    .map_err(ClaimError::from)?;
+                match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
+                    Ok(_) => return Ok((identity, record)),
+                    Err(ClaimError::Exists { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(ClaimError::RangeFull { range }.into())
+        })
+        .await?;
+        self.record = record;
+        Ok(identity)
+    }
+
+    /// Everything that lxc-start will read.
+    async fn prepare(&self, vmid: Vmid, plan: &Plan) -> Result<()> {
+        let layout = lxc::config::Layout {
+            vmid: vmid.get(),
+            rootfs: plan.root_path.clone(),
+            run_dir: self.dir.path().to_owned(),
+            init: self.env.init_path.clone(),
+            cgroups: match self.env.host.cgroups {
+                oci::Cgroups::V1 { .. } => CgroupVersion::V1,
+                oci::Cgroups::V2 => CgroupVersion::V2,
+            },
+            apparmor: self.env.host.apparmor,
+        };
+        let text = lxc::config::render(plan, &layout)?;
+        let dir = self.dir.clone();
+        let cgroups = self.record.cgroups.clone();
+        blocking(move || {
+            dir.write(&dir.lxc_conf(), text.as_bytes())?;
+            // Proxmox's pre-start hook would do it, but the include clears that hook.
+            Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
+        })
+        .await
+    }
+
+    /// Has Proxmox start the CT and waits for its init.
+    ///
+    /// Proxmox's task is still running when init connects, and fails for a workload that ends at
+    /// once. So it only counts until init has connected.
+    async fn start(&self, vmid: Vmid, listener: init::Listener) -> Result<init::Connected> {
+        let seconds = self.request.config.ct.start_timeout;
+        let connected = listener.accept();
+        let task = {
+            let (pve, config) = (self.request.pve.clone(), self.request.config.clone());
+            async move {
+                let upid: Upid = pve.start(vmid).await?;
+                pve.wait(&upid, tokio::time::Instant::now() + config.proxmox.task_timeout).await?;
+                Ok::<_, pve::Error>(())
+            }
+        };
+        let abandoned = CancellationToken::new();
+        let guard = abandoned.clone().drop_guard();
+        // A request in flight is not broken off: Proxmox would not stop working on it.
+        let mut task = tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                result = task => result,
+                () = async {
+                    abandoned.cancelled().await;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                } => Ok(()),
+            }
+        });
+        let timeout = tokio::time::sleep(seconds);
+        tokio::pin!(connected, timeout);
+        let mut started = false;
+        let result = loop {
+            tokio::select! {
+                biased;
+                connected = &mut connected => break Ok(connected?),
+                result = &mut task, if !started => match result {
+                    Ok(Ok(())) => started = true,
+                    Ok(Err(error)) => break Err(error.into()),
+                    Err(_) => break Err(Error::ShuttingDown),
+                },
+                () = &mut timeout => break Err(Error::StartTimeout {
+                    vmid: vmid.get(),
+                    seconds: seconds.as_secs(),
+                    log: self.dir.lxc_log(),
+                }),
+                () = self.cancel.cancelled() => {
+                    break Err(Error::Cancelled { id: self.request.id.clone() });
+                }
+            }
+        };
+        drop(guard);
+        result
+    }
+
+    /// Awaits `work` unless the client gives up.
+    async fn or_given_up<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            result = work => Ok(result),
+            () = self.cancel.cancelled() => Err(Error::Cancelled { id: self.request.id.clone() }),
+        }
+    }
+}
+
+impl RunningCt {
+    /// The OCI state for hooks.
+    #[must_use]
+    pub fn state<'a>(&'a self, status: &'a str) -> hooks::State<'a> {
+        hooks::State {
+            oci_version: &self.plan.oci_version,
+            id: &self.id,
+            status,
+            pid: Some(self.pid),
+            bundle: &self.bundle,
+            annotations: &self.plan.annotations,
+        }
+    }
+
+    /// Whether a process of the container may call `reboot(2)`, which the kernel's exit status
+    /// hides.
+    #[must_use]
+    pub fn may_reboot(&self) -> bool {
+        const CAP_SYS_BOOT: u32 = 22;
+        self.plan.process.capabilities.bounding & (1 << CAP_SYS_BOOT) != 0
+    }
+
+    /// Whether other processes outlive the container's init.
+    #[must_use]
+    pub fn shares_pids(&self) -> bool {
+        self.plan.namespaces.pid != Namespace::New
+    }
+
+    /// The OOM kills when init has ended. The cgroup disappears soon after that, so the stop
+    /// hook's count is asked for when a kill is likely.
+    pub async fn oom_kills_at_exit(&self, exit: Option<&Exit>) -> u64 {
+        let cgroup = self.cgroup.clone();
+        if let Ok(kills) = blocking(move || Ok(cgroup.oom_kills()?)).await {
+            return kills;
+        }
+        let killed = 128 + libc::SIGKILL.unsigned_abs();
+        if exit.is_some_and(|exit| exit.status.0 != killed) {
+            return 0;
+        }
+        let deadline = tokio::time::Instant::now() + OOM_RECORD_TIMEOUT;
+        while tokio::time::Instant::now() < deadline {
+            match exit::read_record(&self.dir.exit()) {
+                Ok(Some(record)) => return record.oom_kills,
+                Ok(None) => tokio::time::sleep(Duration::from_millis(2)).await,
+                Err(_) => break,
+            }
+        }
+        0
+    }
+
+    /// Waits for the next OOM kill and returns how many there were; `None` if there can't be one.
+    pub async fn next_oom(&self) -> Option<u64> {
+        let mut watch = self.oom.lock().await;
+        watch.as_mut()?.next().await
+    }
+
+    /// Shows changed limits in Proxmox's configuration.
+    ///
+    /// # Errors
+    /// Proxmox's; nothing has been changed then.
+    pub async fn show_limits(&self, resources: &Resources) -> Result<()> {
+        let changes = describe::changes(resources);
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let shown = self.pve.config(self.vmid).await?;
+        self.identity
+            .verify(&shown)
+            .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
+        let changes: Vec<(&str, &str)> =
+            changes.iter().map(|(key, value)| (*key, value.as_str())).collect();
+        Ok(self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await?)
+    }
+
+    /// What init is told to do.
+    fn setup(&self, directories: impl Iterator<Item = bool>) -> Result<ContainerSetup> {
+        let plan = &self.plan;
+        let mut directories = directories;
+        let mounts = plan.mounts.iter().filter_map(|mount| match mount {
+            PlannedMount::Init(mount) => Some(mount.clone()),
+            PlannedMount::Bind { destination, .. } => {
+                Some(proxmox_shim_init::protocol::Mount {
+                    destination: destination.clone(),
+                    source: MountSource::Detached { directory: directories.next()? },
+                    copy_up: false,
+                    // Set on the detached mount already.
+                    propagation: Vec::new(),
+                })
+            }
+        });
+        let state_json = serde_json::to_string(&self.state("created"))
+            .map_err(|error| Error::Io { action: "render the OCI state", source: error.into() })?;
+        Ok(ContainerSetup {
+            version: VERSION,
+            hostname: plan.hostname.clone(),
+            domainname: plan.domainname.clone(),
+            loopback_up: plan.namespaces.network == Namespace::New,
+            mounts: mounts.collect(),
+            root_propagation: plan.root_propagation,
+            root_readonly: plan.root_readonly,
+            devices: plan.devices.clone(),
+            links: plan.links.clone(),
+            sysctls: plan.sysctls.clone(),
+            masked_paths: plan.masked_paths.clone(),
+            readonly_paths: plan.readonly_paths.clone(),
+            start_hooks: plan.hooks.start_container.clone(),
+            state_json,
+            process: plan.process.clone(),
+        })
+    }
+}
+
+fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {
+    let mut opened = Vec::new();
+    for mount in mounts {
+        if let PlannedMount::Bind { source, destination, recursive, attributes, propagation } =
+            mount
+        {
+            opened.push(detached::open(source, destination, *recursive, *attributes, propagation)?);
+        }
+    }
+    Ok(opened)
+}
+
+/// The `CLONE_NEW*` flags of the namespaces in which a process differs from the shim.
+fn foreign_namespaces(pid: i32) -> Result<u32> {
+    const KINDS: [(&str, i32); 6] = [
+        ("mnt", libc::CLONE_NEWNS),
+        ("pid", libc::CLONE_NEWPID),
+        ("net", libc::CLONE_NEWNET),
+        ("ipc", libc::CLONE_NEWIPC),
+        ("uts", libc::CLONE_NEWUTS),
+        ("cgroup", libc::CLONE_NEWCGROUP),
+    ];
+    let id = |process: &str, kind: &str| {
+        std::fs::read_link(format!("/proc/{process}/ns/{kind}"))
+            .map_err(|source| Error::Io { action: "read a namespace of the CT's init", source })
+    };
+    let mut flags = 0;
+    for (kind, flag) in KINDS {
+        if id("self", kind)? != id(&pid.to_string(), kind)? {
+            flags |= flag.unsigned_abs();
+        }
+    }
+    Ok(flags)
+}

@@ -1,0 +1,138 @@
+//! What Proxmox shows of a container.
+
+use crate::config::Config;
+use crate::ledger::RunDir;
+use crate::oci::plan::{Limit, Plan, Resources};
+use crate::pve::conf::{CpuLimit, CtDescription, Hostname, Tag};
+use crate::pve::identity::Identity;
+
+const MIB: u64 = 1 << 20;
+/// Proxmox's smallest memory limit, in MiB.
+const MEMORY_MIN: u64 = 16;
+/// OCI's default period, in microseconds (cpu(7) of cgroup v1 and v2).
+const PERIOD: u64 = 100_000;
+/// Proxmox's largest weight on cgroup2.
+const CPUUNITS_MAX: u64 = 10_000;
+
+/// The CT's configuration file.
+#[must_use]
+pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> CtDescription {
+    let resources = &plan.resources;
+    let mut tags: Vec<Tag> = config.ct.tags.iter().filter_map(|tag| Tag::new(tag)).collect();
+    let namespace = Tag::sanitised(&identity.namespace).filter(|tag| !tags.contains(tag));
+    tags.extend(namespace);
+    CtDescription {
+        hostname: Hostname::from_container_id(&identity.container_id),
+        memory_mib: memory(resources.memory_limit).unwrap_or_else(node_memory),
+        swap_mib: swap(resources).unwrap_or(0),
+        cpulimit: cpulimit(resources),
+        cpuunits: cpuunits(resources),
+        tags,
+        notes: identity.notes(plan.image.as_deref()),
+        rootfs: plan.root_path.clone(),
+        include: dir.lxc_conf(),
+    }
+}
+
+/// The keys that an update changes.
+#[must_use]
+pub fn changes(resources: &Resources) -> Vec<(&'static str, String)> {
+    let mut changes = Vec::new();
+    if let Some(limit) = resources.memory_limit {
+        let shown = memory(Some(limit)).unwrap_or_else(node_memory);
+        changes.push(("memory", shown.to_string()));
+    }
+    if let Some(swap) = swap(resources) {
+        changes.push(("swap", swap.to_string()));
+    }
+    if let Some(limit) = cpulimit(resources) {
+        changes.push(("cpulimit", limit.to_string()));
+    } else if resources.cpu_quota == Some(Limit::Max) {
+        changes.push(("cpulimit", "0".to_owned()));
+    }
+    if let Some(units) = cpuunits(resources) {
+        changes.push(("cpuunits", units.to_string()));
+    }
+    changes
+}
+
+/// Rounded up to MiB, because Proxmox has no finer unit; the cgroup gets the exact value.
+fn memory(limit: Option<Limit>) -> Option<u64> {
+    match limit {
+        Some(Limit::Value(bytes)) => Some(bytes.div_ceil(MIB).max(MEMORY_MIN)),
+        Some(Limit::Max) | None => None,
+    }
+}
+
+/// Proxmox counts swap alone, OCI memory and swap together.
+fn swap(resources: &Resources) -> Option<u64> {
+    match (resources.memory_swap, resources.memory_limit) {
+        (Some(Limit::Value(both)), Some(Limit::Value(memory))) => {
+            Some(both.saturating_sub(memory).div_ceil(MIB))
+        }
+        _ => None,
+    }
+}
+
+/// Without a limit the CT may use all of the node's memory, and so it is shown.
+fn node_memory() -> u64 {
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    total.map_or(MEMORY_MIN, |kib| (kib / 1024).max(MEMORY_MIN))
+}
+
+fn cpulimit(resources: &Resources) -> Option<CpuLimit> {
+    match resources.cpu_quota {
+        Some(Limit::Value(quota)) => {
+            let period = resources.cpu_period.filter(|period| *period > 0).unwrap_or(PERIOD);
+            CpuLimit::new(quota as f64 / period as f64)
+        }
+        Some(Limit::Max) | None => None,
+    }
+}
+
+/// cgroup2's weight for cgroup v1's shares, as runc converts it.
+fn cpuunits(resources: &Resources) -> Option<u32> {
+    let shares = resources.cpu_shares.filter(|shares| *shares > 0)?.clamp(2, 262_144);
+    let weight = 1 + (shares - 2) * 9_999 / 262_142;
+    u32::try_from(weight.min(CPUUNITS_MAX)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_shown_in_proxmox_units() {
+        let mut resources = Resources {
+            memory_limit: Some(Limit::Value(20_000_000)),
+            memory_swap: Some(Limit::Value(40_000_000)),
+            cpu_quota: Some(Limit::Value(50_000)),
+            cpu_shares: Some(1024),
+            ..Resources::default()
+        };
+        let changed = |resources: &Resources| -> Vec<(&str, String)> { changes(resources) };
+        assert_eq!(
+            changed(&resources),
+            [
+                ("memory", "20".to_owned()),
+                ("swap", "20".to_owned()),
+                ("cpulimit", "0.5".to_owned()),
+                ("cpuunits", "39".to_owned()),
+            ]
+        );
+        resources = Resources {
+            memory_limit: Some(Limit::Value(1)),
+            cpu_quota: Some(Limit::Max),
+            ..Resources::default()
+        };
+        assert_eq!(
+            changed(&resources),
+            [("memory", "16".to_owned()), ("cpulimit", "0".to_owned())],
+            "Proxmox's smallest memory, no limit of CPU time"
+        );
+        assert!(changed(&Resources::default()).is_empty());
+    }
+}

@@ -1,0 +1,385 @@
+//! A process's stdin, stdout and stderr.
+//!
+//! Descriptors go straight to the process where that is possible: what it writes is then copied by
+//! nobody between it and containerd. The shim only *holds* each FIFO, so that containerd's end may
+//! come and go: an output FIFO by a descriptor that is open for reading too (a writer without a reader
+//! would get SIGPIPE), stdin by a writer of its own until `CloseIO` (a reader without a writer would
+//! get an end of file). While nobody reads, writers block when the pipe is full. Terminals are copied.
+//!
+//! Nothing here blocks the runtime: a FIFO is opened through a descriptor that already has both ends,
+//! regular files on the blocking pool.
+
+mod logger;
+mod terminal;
+mod uri;
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::warn;
+use nix::errno::Errno;
+use nix::libc;
+use tokio::net::unix::pipe;
+use tokio::time::timeout;
+
+use logger::Logger;
+use terminal::{Reader, Terminal, Writer, set_nonblocking};
+use uri::Stream;
+
+/// What can go wrong with stdio.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a form that is known.
+    #[error("stdio URI {uri:?} {reason}")]
+    Uri { uri: String, reason: &'static str },
+    /// stdin can only be read from a path.
+    #[error("stdin cannot come from {uri:?}: it must be a FIFO")]
+    Stdin { uri: String },
+    /// A FIFO or file.
+    #[error("open {stream} {}: {}", path.display(), text(source))]
+    Open { stream: &'static str, path: PathBuf, source: io::Error },
+    /// The logging program could not be executed.
+    #[error("start logging program {}: {}", program.display(), text(source))]
+    StartLogger { program: PathBuf, source: io::Error },
+    /// It ran, but never was ready.
+    #[error("logging program {} did not become ready: {reason}", program.display())]
+    LoggerNotReady { program: PathBuf, reason: String },
+    /// The terminal's master could not be watched, or resized.
+    #[error("terminal: {}", text(.0))]
+    Terminal(#[source] io::Error),
+    /// The process has no terminal.
+    #[error("the process has no terminal")]
+    NoTerminal,
+}
+
+fn text(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => Errno::from_raw(code).desc().to_lowercase(),
+        None => error.to_string(),
+    }
+}
+
+/// The streams of a Create or Exec request, as they are there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StdioRequest {
+    pub stdin: String,
+    pub stdout: String,
+    pub stderr: String,
+    pub terminal: bool,
+}
+
+/// Whose streams they are: loggers want to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    pub container_id: String,
+    /// `None` for the container's first process.
+    pub exec_id: Option<String>,
+    pub namespace: String,
+    /// The logger's working directory, as containerd's shim has it.
+    pub bundle: PathBuf,
+}
+
+/// The open streams of one process.
+///
+/// In the order of a process's life: [`Self::open`]; [`Self::child_fds`] or, with a terminal,
+/// [`Self::attach_terminal`]; [`Self::close_stdin`] at `CloseIO`; [`Self::drain`] once the process has
+/// ended; [`Self::finish`] once its exit has been published. Dropping it at any point closes everything
+/// and lets loggers end.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    terminal: bool,
+    child: Option<[OwnedFd; 3]>,
+    pending: Option<Pending>,
+    copied: Option<Terminal>,
+    /// `(columns, rows)` of a resize that came before the terminal.
+    size: Option<(u16, u16)>,
+    stdin_hold: Option<OwnedFd>,
+    output_holds: Vec<OwnedFd>,
+    loggers: Vec<Logger>,
+}
+
+/// A terminal's streams until there is the terminal.
+struct Pending {
+    input: Option<Reader>,
+    output: Option<Writer>,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pending").finish_non_exhaustive()
+    }
+}
+
+/// An output stream that has been opened.
+#[derive(Debug)]
+struct Output {
+    /// Blocking, for the workload.
+    fd: OwnedFd,
+    /// A FIFO or pipe, which the reactor can watch.
+    pipe: bool,
+}
+
+impl Stdio {
+    /// Opens all streams; with a logger, returns when that is ready (10 s at most).
+    ///
+    /// # Errors
+    /// [`Error`]; nothing stays open, and no logger stays.
+    pub async fn open(request: &StdioRequest, context: &Context) -> Result<Self, Error> {
+        let mut stdio = Self { terminal: request.terminal, ..Self::default() };
+        let stdin = stdio.open_stdin(&request.stdin)?;
+        let (stdout, stderr) = stdio.open_outputs(request, context).await?;
+        if request.terminal {
+            stdio.pending = Some(Pending {
+                input: stdin.map(reader).transpose().map_err(Error::Terminal)?,
+                output: stdout.map(writer).transpose().map_err(Error::Terminal)?,
+            });
+        } else {
+            stdio.child = Some([
+                match stdin {
+                    Some(input) => input.fd,
+                    None => null("stdin", false)?,
+                },
+                match stdout {
+                    Some(output) => output.fd,
+                    None => null("stdout", true)?,
+                },
+                match stderr {
+                    Some(output) => output.fd,
+                    None => null("stderr", true)?,
+                },
+            ]);
+        }
+        Ok(stdio)
+    }
+
+    /// The process's descriptors 0, 1 and 2, once; `None` with a terminal. The caller closes them when
+    /// they have been sent: while the shim has a copy, no reader sees an end of file.
+    #[must_use]
+    pub fn child_fds(&mut self) -> Option<[OwnedFd; 3]> {
+        self.child.take()
+    }
+
+    /// Whether the request asked for a terminal.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        self.terminal
+    }
+
+    /// Begins to copy between the streams and the terminal that init has opened.
+    ///
+    /// # Errors
+    /// [`Error::NoTerminal`] if none was asked for, or there is one already; [`Error::Terminal`].
+    pub fn attach_terminal(&mut self, master: OwnedFd) -> Result<(), Error> {
+        let pending = self.pending.take().ok_or(Error::NoTerminal)?;
+        let terminal =
+            Terminal::start(master, pending.input, pending.output).map_err(Error::Terminal)?;
+        if let Some((columns, rows)) = self.size {
+            terminal.resize(columns, rows).map_err(Error::Terminal)?;
+        }
+        self.copied = Some(terminal);
+        Ok(())
+    }
+
+    /// `ResizePty`, in characters. Without a terminal it does nothing, as containerd expects; before
+    /// [`Self::attach_terminal`] it is remembered.
+    ///
+    /// # Errors
+    /// [`Error::Terminal`].
+    pub fn resize(&mut self, columns: u32, rows: u32) -> Result<(), Error> {
+        let bounded = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        let (columns, rows) = (bounded(columns), bounded(rows));
+        self.size = Some((columns, rows));
+        match &self.copied {
+            Some(terminal) => terminal.resize(columns, rows).map_err(Error::Terminal),
+            None => Ok(()),
+        }
+    }
+
+    /// `CloseIO`: the process sees an end of file once the client's end is closed too and everything
+    /// written has been read.
+    pub fn close_stdin(&mut self) {
+        self.stdin_hold = None;
+    }
+
+    /// Call it when the process has ended. The future, which borrows nothing, is done when all output has
+    /// been passed on: a terminal's to the last byte, a logger's as far as the logger has ended (for at
+    /// most 2 s). Without either there is nothing to wait for. After `bound` it gives up: some other
+    /// process still has the terminal open, or nobody reads.
+    pub fn drain(&mut self, bound: Duration) -> impl Future<Output = ()> + Send + 'static + use<> {
+        // A logger would wait for the end of these.
+        self.child = None;
+        self.pending = None;
+        let output = self.copied.as_mut().and_then(Terminal::take_output);
+        let loggers: Vec<_> = self.loggers.iter().map(|logger| logger.ended(bound)).collect();
+        async move {
+            let all = async {
+                if let Some(output) = output {
+                    // An error means that it was aborted by `finish`.
+                    let _ = output.await;
+                }
+                for ended in loggers {
+                    ended.await;
+                }
+            };
+            if timeout(bound, all).await.is_err() {
+                warn!("output is still open {} s after the process has ended", bound.as_secs());
+            }
+        }
+    }
+
+    /// Releases everything: readers see the end of file, loggers get SIGTERM (and SIGKILL 12 s later,
+    /// which nobody waits for). Call it when the exit has been published; again does nothing.
+    pub fn finish(&mut self) {
+        *self = Self { terminal: self.terminal, ..Self::default() };
+    }
+
+    fn open_stdin(&mut self, uri: &str) -> Result<Option<Output>, Error> {
+        let path = match Stream::parse(uri)? {
+            Stream::Null => return Ok(None),
+            Stream::Path(path) => path,
+            Stream::File(_) | Stream::Logger(_) => {
+                return Err(Error::Stdin { uri: uri.to_owned() });
+            }
+        };
+        let error = |source| Error::Open { stream: "stdin", path: path.clone(), source };
+        if !is_fifo(&path).map_err(error)? {
+            let fd = open(&path, OpenOptions::new().read(true), libc::O_NOCTTY).map_err(error)?;
+            return Ok(Some(Output { fd, pipe: false }));
+        }
+        // With both ends open, neither of the next two waits or fails.
+        let both = open(&path, OpenOptions::new().read(true).write(true), libc::O_NONBLOCK)
+            .map_err(error)?;
+        let fd = open(&path, OpenOptions::new().read(true), libc::O_NONBLOCK).map_err(error)?;
+        set_nonblocking(&fd, false).map_err(error)?;
+        // Write only: a hold that could read would keep the client from seeing that the process
+        // has gone.
+        let hold = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK).map_err(error)?;
+        drop(both);
+        self.stdin_hold = Some(hold);
+        Ok(Some(Output { fd, pipe: true }))
+    }
+
+    async fn open_outputs(
+        &mut self,
+        request: &StdioRequest,
+        context: &Context,
+    ) -> Result<(Option<Output>, Option<Output>), Error> {
+        let stdout = Stream::parse(&request.stdout)?;
+        let stderr = Stream::parse(&request.stderr)?;
+        // A logger of stdout is one program for both streams, as containerd's shim has it, and a
+        // file is for both unless stderr names something else.
+        let both = match &stdout {
+            Stream::Logger(program) => {
+                let (logger, input) = Logger::start(program, context).await?;
+                self.loggers.push(logger);
+                let stdout = Output { fd: input.stdout, pipe: true };
+                let stderr = Output { fd: input.stderr, pipe: true };
+                Some((stdout, stderr))
+            }
+            Stream::File(path) if matches!(stderr, Stream::Null) || stderr == stdout => {
+                let fd = open_log("stdout", path.clone()).await?;
+                let error = |source| Error::Open { stream: "stderr", path: path.clone(), source };
+                let again = fd.try_clone().map_err(error)?;
+                Some((Output { fd, pipe: false }, Output { fd: again, pipe: false }))
+            }
+            _ => None,
+        };
+        if let Some((stdout, stderr)) = both {
+            return Ok((Some(stdout), (!request.terminal).then_some(stderr)));
+        }
+        let stdout = self.open_output("stdout", stdout, context).await?;
+        if request.terminal {
+            return Ok((stdout, None));
+        }
+        let stderr = self.open_output("stderr", stderr, context).await?;
+        Ok((stdout, stderr))
+    }
+
+    async fn open_output(
+        &mut self,
+        stream: &'static str,
+        target: Stream,
+        context: &Context,
+    ) -> Result<Option<Output>, Error> {
+        let path = match target {
+            Stream::Null => return Ok(None),
+            Stream::Path(path) => path,
+            Stream::File(path) => {
+                let fd = open_log(stream, path).await?;
+                return Ok(Some(Output { fd, pipe: false }));
+            }
+            Stream::Logger(program) => {
+                // Of stderr alone, as stdout has been dealt with: it gets its own stream.
+                let (logger, input) = Logger::start(&program, context).await?;
+                self.loggers.push(logger);
+                return Ok(Some(Output { fd: input.stderr, pipe: true }));
+            }
+        };
+        let error = |source| Error::Open { stream, path: path.clone(), source };
+        if !is_fifo(&path).map_err(error)? {
+            let fd = open(&path, OpenOptions::new().append(true), libc::O_NOCTTY).map_err(error)?;
+            return Ok(Some(Output { fd, pipe: false }));
+        }
+        let hold = open(&path, OpenOptions::new().read(true).write(true), libc::O_NONBLOCK)
+            .map_err(error)?;
+        let fd = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK).map_err(error)?;
+        set_nonblocking(&fd, false).map_err(error)?;
+        self.output_holds.push(hold);
+        Ok(Some(Output { fd, pipe: true }))
+    }
+}
+
+fn is_fifo(path: &Path) -> io::Result<bool> {
+    Ok(path.metadata()?.file_type().is_fifo())
+}
+
+fn open(path: &Path, options: &mut OpenOptions, flags: i32) -> io::Result<OwnedFd> {
+    options.custom_flags(flags).open(path).map(OwnedFd::from)
+}
+
+fn null(stream: &'static str, write: bool) -> Result<OwnedFd, Error> {
+    let path = Path::new("/dev/null");
+    open(path, OpenOptions::new().read(!write).write(write), 0).map_err(|source| Error::Open {
+        stream,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// A log file, with its parents. On the blocking pool: it may lie on a slow disk or on the network.
+async fn open_log(stream: &'static str, path: PathBuf) -> Result<OwnedFd, Error> {
+    let for_error = path.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        if let Some(parent) = path.parent() {
+            DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+        }
+        open(&path, OpenOptions::new().append(true).create(true).mode(0o644), libc::O_NOCTTY)
+    })
+    .await
+    .unwrap_or_else(|join| Err(io::Error::other(join)));
+    opened.map_err(|source| Error::Open { stream, path: for_error, source })
+}
+
+fn reader(input: Output) -> io::Result<Reader> {
+    Ok(if input.pipe {
+        Box::new(pipe::Receiver::from_owned_fd(input.fd)?)
+    } else {
+        Box::new(tokio::fs::File::from_std(File::from(input.fd)))
+    })
+}
+
+fn writer(output: Output) -> io::Result<Writer> {
+    Ok(if output.pipe {
+        Box::new(pipe::Sender::from_owned_fd(output.fd)?)
+    } else {
+        Box::new(tokio::fs::File::from_std(File::from(output.fd)))
+    })
+}
+
+#[cfg(test)]
+mod tests;

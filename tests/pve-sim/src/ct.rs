@@ -1,0 +1,450 @@
+//! The life of a CT: its unit (the supervised `lxc-start`), its lock, and the tasks that start,
+//! stop and destroy it.
+//!
+//! A unit is what `pve-container@VMID.service` is on a node: `lxc-start -F` as its main process,
+//! and active until that has ended and its cgroups are gone. This is longer than the API says
+//! `running`, and a start in between fails, as on a real node.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::process::{Child, Command as Process};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::time::{sleep, timeout};
+
+use crate::generate::{Generated, generate};
+use crate::lxc::{self, Command, State};
+use crate::node::{Node, write_file};
+use crate::profile::Step;
+use crate::task::Task;
+use crate::{proc, sys};
+
+/// A unit's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    /// No main process. `ran` tells whether the last one had got its container to run.
+    Inactive { ran: bool },
+    /// The pid of `lxc-start`.
+    Active { pid: u32 },
+}
+
+/// The state of one CT that is not in its file.
+#[derive(Debug)]
+pub struct Ct {
+    vmid: u32,
+    lock: Arc<Mutex<()>>,
+    unit: watch::Sender<Unit>,
+}
+
+impl Ct {
+    /// A CT at rest.
+    pub fn new(vmid: u32) -> Self {
+        let unit = watch::Sender::new(Unit::Inactive { ran: false });
+        Self { vmid, lock: Arc::default(), unit }
+    }
+
+    async fn inactive(&self) -> bool {
+        let mut unit = self.unit.subscribe();
+        let state = unit.wait_for(|u| matches!(u, Unit::Inactive { .. })).await;
+        // The sender lives as long as `self`, so there always is a state.
+        state.is_ok_and(|s| *s == Unit::Inactive { ran: true })
+    }
+
+    fn is_active(&self) -> bool {
+        matches!(*self.unit.borrow(), Unit::Active { .. })
+    }
+}
+
+/// How a shutdown is to be done.
+#[derive(Debug, Clone, Copy)]
+pub struct Shutdown {
+    /// Seconds that init gets.
+    pub timeout: u32,
+    /// Whether to kill it after that.
+    pub force: bool,
+}
+
+impl Node {
+    /// Takes the lock of a CT's configuration.
+    pub async fn lock_ct(&self, vmid: u32) -> Result<OwnedMutexGuard<()>, String> {
+        let lock = self.ct(vmid).lock.clone();
+        timeout(self.profile.lock_timeout(), lock.lock_owned()).await.map_err(|_| {
+            format!("can't lock file '/run/lock/lxc/pve-config-{vmid}.lock' - got timeout")
+        })
+    }
+
+    /// Whether the API calls the CT running.
+    pub fn is_running(&self, vmid: u32) -> bool {
+        lxc::active(&self.paths.lxc).contains(&vmid)
+    }
+
+    fn ct_dir(&self, vmid: u32) -> PathBuf {
+        self.paths.lxc.join(vmid.to_string())
+    }
+
+    /// Writes the files that `lxc-start` reads.
+    fn write_lxc_config(&self, vmid: u32, generated: &Generated) -> io::Result<()> {
+        let dir = self.ct_dir(vmid);
+        fs::create_dir_all(dir.join("rootfs"))?;
+        if let Some(rules) = &generated.seccomp {
+            let common = fs::read_to_string("/usr/share/lxc/config/common.seccomp")
+                .unwrap_or_else(|_| "2\ndenylist\n[all]\n".into());
+            fs::write(dir.join("rules.seccomp"), common + rules)?;
+        }
+        fs::write(dir.join("config"), &generated.config)
+    }
+
+    /// The body of a start task. `posted` is when the call came in.
+    pub async fn start_ct(
+        self: Arc<Self>,
+        task: Arc<Task>,
+        vmid: u32,
+        posted: Instant,
+    ) -> Result<(), String> {
+        let _lock = self.lock_ct(vmid).await?;
+        let mut config = self.load(vmid)?;
+        if config.current.flag("template") {
+            return Err("you can't start a CT if it's a template".into());
+        }
+        check_lock(&config)?;
+        if config.apply_pending() {
+            self.store(vmid, &config)?;
+        }
+        let generated = generate(&config, vmid, &self.host)?;
+        generated.warnings.iter().for_each(|w| task.log(w));
+        let ct = self.ct(vmid);
+        let fresh = !ct.is_active();
+        if fresh {
+            // An active unit still reads the old files in its hooks.
+            self.write_lxc_config(vmid, &generated)
+                .map_err(|e| format!("unable to write the configuration of CT {vmid} - {e}"))?;
+        }
+        task.running(Some(format!("systemctl start pve-container@{vmid}")));
+        sleep_until(posted, self.profile.step(Step::StartBefore)).await;
+        if fresh {
+            self.clone().start_unit(&ct)?;
+        }
+        self.wait_running(&task, &ct, fresh).await?;
+        task.running(None);
+        sleep(self.profile.step(Step::StartAfter)).await;
+        match lxc::init_pid(&self.paths.lxc, vmid).await {
+            Some(_) => Ok(()),
+            None => Err(no_pid(vmid)),
+        }
+    }
+
+    async fn wait_running(&self, task: &Task, ct: &Ct, fresh: bool) -> Result<(), String> {
+        let vmid = ct.vmid;
+        if !fresh {
+            // systemd does nothing for an active unit, so no state is ever reported.
+            sleep(self.profile.lock_timeout()).await;
+            task.log("problem with monitor socket, but continuing anyway: got timeout\n");
+            return Ok(());
+        }
+        let answer = async {
+            loop {
+                match Command::connect(&self.paths.lxc, vmid) {
+                    Ok(mut command) => return command.state().await,
+                    // lxc-start has not made its socket yet.
+                    Err(_) => sleep(Duration::from_millis(1)).await,
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            ran = ct.inactive() => return self.ended_early(task, vmid, ran),
+            state = timeout(self.profile.running_timeout(), answer) => match state {
+                Ok(Ok(State::Running)) => return Ok(()),
+                Ok(_) => {}
+                Err(_) => {
+                    task.log("problem with monitor socket, but continuing anyway: got timeout\n");
+                    return Ok(());
+                }
+            }
+        }
+        // It ended, or is about to: whether it ever ran is known when lxc-start is gone.
+        match timeout(self.profile.running_timeout(), ct.inactive()).await {
+            Ok(ran) => self.ended_early(task, vmid, ran),
+            Err(_) => Err(no_pid(vmid)),
+        }
+    }
+
+    fn ended_early(&self, task: &Task, vmid: u32, ran: bool) -> Result<(), String> {
+        if ran {
+            return Err(no_pid(vmid));
+        }
+        let text = fs::read_to_string(self.stderr_path(vmid)).unwrap_or_default();
+        for line in text.lines() {
+            // `lxc-start: VMID: ../src/lxc/FILE.c: function: 12 text` is logged from the function.
+            task.log(line.split_once(".c: ").map_or(line, |(_, rest)| rest));
+        }
+        Err(format!("startup for container '{vmid}' failed"))
+    }
+
+    fn stderr_path(&self, vmid: u32) -> PathBuf {
+        self.paths.log.join(format!("ct-{vmid}.stderr"))
+    }
+
+    /// Starts the main process of a unit and its supervision.
+    fn start_unit(self: Arc<Self>, ct: &Arc<Ct>) -> Result<(), String> {
+        let child = self.spawn(ct.vmid).map_err(|e| format!("unable to run lxc-start - {e}"))?;
+        self.set_active(ct, &child);
+        let ct = ct.clone();
+        tokio::spawn(async move { self.supervise(ct, child).await });
+        Ok(())
+    }
+
+    fn set_active(&self, ct: &Ct, child: &Child) {
+        let pid = child.id().unwrap_or(0);
+        ct.unit.send_replace(Unit::Active { pid });
+        let start = proc::start_ticks(pid).unwrap_or(0);
+        let _ = fs::write(self.paths.units.join(ct.vmid.to_string()), format!("{pid} {start}\n"));
+    }
+
+    /// Runs `lxc-start` as systemd would: nothing inherited but a log for its errors.
+    fn spawn(&self, vmid: u32) -> io::Result<Child> {
+        let mut command = Process::new("lxc-start");
+        command
+            .arg("-F")
+            .args(["-n", &vmid.to_string()])
+            .arg("-P")
+            .arg(&self.paths.lxc)
+            .env_clear()
+            .env("LANG", "C.UTF-8")
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(self.stderr_path(vmid))?);
+        sys::new_session(&mut command);
+        command.spawn()
+    }
+
+    async fn supervise(self: Arc<Self>, ct: Arc<Ct>, mut child: Child) {
+        let vmid = ct.vmid;
+        loop {
+            let status = child.wait().await;
+            let node = self.clone();
+            // Also what systemd's KillMode=mixed does: no process of the unit survives.
+            let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
+            // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
+            // post-stop hook does not change that.
+            let ran = status.is_ok_and(|s: ExitStatus| s.success());
+            if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok() {
+                if let Ok(again) = self.restart(vmid) {
+                    child = again;
+                    self.set_active(&ct, &child);
+                    continue;
+                }
+            }
+            let _ = fs::remove_file(self.paths.units.join(vmid.to_string()));
+            ct.unit.send_replace(Unit::Inactive { ran });
+            return;
+        }
+    }
+
+    /// Starts a rebooted CT again, with its pending changes.
+    fn restart(&self, vmid: u32) -> Result<Child, String> {
+        let mut config = self.load(vmid)?;
+        if config.apply_pending() {
+            self.store(vmid, &config)?;
+        }
+        let generated = generate(&config, vmid, &self.host)?;
+        self.write_lxc_config(vmid, &generated).map_err(|e| e.to_string())?;
+        self.spawn(vmid).map_err(|e| e.to_string())
+    }
+
+    /// The body of a stop task.
+    pub async fn stop_ct(self: Arc<Self>, vmid: u32, posted: Instant) -> Result<(), String> {
+        let _lock = self.lock_ct(vmid).await?;
+        check_lock(&self.load(vmid)?)?;
+        sleep_until(posted, self.profile.step(Step::StopBefore)).await;
+        self.kill_ct(vmid).await
+    }
+
+    /// Kills a CT and waits until its unit is inactive.
+    async fn kill_ct(&self, vmid: u32) -> Result<(), String> {
+        let mut command = match Command::connect(&self.paths.lxc, vmid) {
+            Ok(command) => command,
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Ok(()),
+            Err(e) => return Err(format!("failed to open container {vmid}'s command socket: {e}")),
+        };
+        command.stop().await.map_err(|e| format!("unable to stop CT {vmid} - {e}"))?;
+        command.closed().await;
+        self.ct(vmid).inactive().await;
+        Ok(())
+    }
+
+    /// The body of a shutdown task.
+    pub async fn shutdown_ct(
+        self: Arc<Self>,
+        task: Arc<Task>,
+        vmid: u32,
+        how: Shutdown,
+    ) -> Result<(), String> {
+        let _lock = self.lock_ct(vmid).await?;
+        check_lock(&self.load(vmid)?)?;
+        self.lxc_stop(&task, vmid, how).await?;
+        self.ct(vmid).inactive().await;
+        Ok(())
+    }
+
+    /// Asks init to end, and waits until `lxc-start` has.
+    async fn lxc_stop(&self, task: &Task, vmid: u32, how: Shutdown) -> Result<(), String> {
+        let Ok(mut command) = Command::connect(&self.paths.lxc, vmid) else { return Ok(()) };
+        let no_kill = if how.force { "" } else { " --nokill" };
+        let text = format!("lxc-stop -n {vmid}{no_kill} --timeout {}", how.timeout);
+        task.running(Some(text.clone()));
+        let mut process = Process::new("lxc-stop");
+        process.args(["-n", &vmid.to_string(), "--timeout", &how.timeout.to_string()]);
+        if !how.force {
+            process.arg("--nokill");
+        }
+        let status = process
+            .arg("-P")
+            .arg(&self.paths.lxc)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .status()
+            .await;
+        task.running(None);
+        let code = status.ok().and_then(|s| s.code()).unwrap_or(255);
+        if code != 0 {
+            task.log(&format!("command '{text}' failed: exit code {code}"));
+            return timeout(self.profile.stop_grace(), command.closed())
+                .await
+                .map_err(|_| "container did not stop".into());
+        }
+        command.closed().await;
+        Ok(())
+    }
+
+    /// The body of a reboot task.
+    pub async fn reboot_ct(
+        self: Arc<Self>,
+        task: Arc<Task>,
+        vmid: u32,
+        timeout_s: u32,
+    ) -> Result<(), String> {
+        let _lock = self.lock_ct(vmid).await?;
+        check_lock(&self.load(vmid)?)?;
+        let trigger = self.ct_dir(vmid).join("reboot");
+        fs::write(&trigger, "")
+            .map_err(|e| format!("unable to write {}: {e}", trigger.display()))?;
+        let before = lxc::init_pid(&self.paths.lxc, vmid).await;
+        let how = Shutdown { timeout: timeout_s, force: true };
+        if let Err(error) = self.lxc_stop(&task, vmid, how).await {
+            let _ = fs::remove_file(&trigger);
+            return Err(error);
+        }
+        let again = async {
+            loop {
+                let pid = lxc::init_pid(&self.paths.lxc, vmid).await;
+                if pid.is_some() && pid != before {
+                    return;
+                }
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(self.profile.running_timeout(), again)
+            .await
+            .map_err(|_| format!("startup for container '{vmid}' failed"))
+    }
+
+    /// What is checked before a destroy task starts, and again in it.
+    pub fn check_destroy(&self, vmid: u32, force: bool) -> Result<(), String> {
+        let config = self.load(vmid)?;
+        check_lock(&config)?;
+        if config.current.flag("protection") {
+            return Err(format!("can't remove CT {vmid} - protection mode enabled"));
+        }
+        if !force && self.is_running(vmid) {
+            return Err(format!("unable to destroy CT {vmid} - container is running"));
+        }
+        Ok(())
+    }
+
+    /// The body of a destroy task.
+    pub async fn destroy_ct(
+        self: Arc<Self>,
+        task: Arc<Task>,
+        vmid: u32,
+        (force, purge): (bool, bool),
+        posted: Instant,
+    ) -> Result<(), String> {
+        let _lock = self.lock_ct(vmid).await?;
+        self.check_destroy(vmid, force)?;
+        sleep_until(posted, self.profile.step(Step::DestroyBefore)).await;
+        if self.is_running(vmid) {
+            task.log(&format!("forced to stop CT {vmid} before destroying!"));
+            self.kill_ct(vmid).await?;
+        }
+        // Only what the simulator itself has made: never below the rootfs, which may be anything.
+        let dir = self.ct_dir(vmid);
+        let _ = fs::remove_dir(dir.join("rootfs"));
+        for file in ["config", "rules.seccomp", "reboot"] {
+            let _ = fs::remove_file(dir.join(file));
+        }
+        let _ = fs::remove_dir(&dir);
+        let _ = fs::remove_file(self.stderr_path(vmid));
+        if purge {
+            task.log(&format!("purging CT {vmid} from related configurations.."));
+        }
+        self.remove_conf(vmid)
+    }
+
+    /// Ends all CTs and removes what they left on the host.
+    pub async fn shut_down(&self) {
+        let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
+        for ct in &active {
+            let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));
+            if let Some(pid) = lxc::init_pid(&self.paths.lxc, ct.vmid).await {
+                let _ = sys::kill(pid, libc::SIGKILL);
+            }
+        }
+        for ct in &active {
+            // Long enough for the CT's own stop hooks.
+            if timeout(Duration::from_secs(3), ct.inactive()).await.is_ok() {
+                continue;
+            }
+            if let Unit::Active { pid } = *ct.unit.borrow() {
+                let _ = sys::kill(pid, libc::SIGKILL);
+            }
+            let _ = timeout(Duration::from_secs(3), ct.inactive()).await;
+        }
+        self.cgroups.remove_parents();
+    }
+
+    /// Writes a file for those who wait for the simulator; atomically, as they poll for it.
+    pub fn announce(&self, text: &str) -> Result<(), crate::node::StartError> {
+        let path = self.paths.root.join("ready.json");
+        let temporary = self.paths.root.join("ready.json.tmp");
+        write_file(&temporary, text, 0o644)?;
+        fs::rename(&temporary, &path)
+            .map_err(|source| crate::node::StartError::Write { path, source })
+    }
+}
+
+fn no_pid(vmid: u32) -> String {
+    format!("unable to get PID for CT {vmid} (not running?)")
+}
+
+/// Fails if the `lock` property is set.
+pub fn check_lock(config: &crate::conf::Config) -> Result<(), String> {
+    match config.lock() {
+        Some(lock) => Err(format!("CT is locked ({lock})")),
+        None => Ok(()),
+    }
+}
+
+async fn sleep_until(start: Instant, delay: Duration) {
+    if !delay.is_zero() {
+        sleep(delay.saturating_sub(start.elapsed())).await;
+    }
+}

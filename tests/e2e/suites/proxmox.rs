@@ -29,7 +29,9 @@ fn vmid(t: &Test, id: &str) -> u32 {
 
 fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
     let id = t.id("a");
-    t.start_idle(&[], &id);
+    // ctr does not tell a runtime the image; CRI does, by this annotation.
+    let annotation = "io.kubernetes.cri.image-name=docker.io/library/e2e:1";
+    t.start_idle(&["--annotation", annotation], &id);
     let vmid = vmid(t, &id);
     assert!((t.node.vmids.0..=t.node.vmids.1).contains(&vmid));
     let pve = t.node.pve();
@@ -191,6 +193,7 @@ fn ct_that_changed_its_owner_is_not_destroyed(t: &Test) {
     std::thread::sleep(Duration::from_secs(2));
     let after = fs::read_to_string(&path);
     let _ = fs::remove_file(&path);
+    let _ = fs::remove_dir_all(t.node.pve().lxc_path().join(vmid.to_string()));
     assert_eq!(after.ok().as_deref(), Some(FOREIGN_CT), "another owner's CT was changed");
 }
 

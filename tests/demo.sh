@@ -316,7 +316,7 @@ export bold plain root
 # ctr resizes the terminal when it has started the exec: the exec must live to see it.
 output=$(SHELL=/bin/bash script --quiet --return --command \
 	"private=(--fifo-dir '$root/fifo'); task_exec --tty --exec-id two web sh -c 'tty; sleep 0.3'" \
-	/dev/null </dev/null 2>&1 | tr -d '\r' | grep -v '^\^' || true)
+	/dev/null </dev/null 2>&1 | tr -d '\r\b' | sed 's/\^[@D]//g')
 indent <<<"$output"
 contains 'the terminal' "$output" /dev/pts/
 good 'exit status 7 came back; the second exec had a terminal'

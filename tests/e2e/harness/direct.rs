@@ -53,7 +53,14 @@ struct Received {
 pub struct EventServer {
     path: PathBuf,
     received: Arc<Received>,
-    listener: Option<(Arc<AtomicBool>, Arc<Mutex<Vec<UnixStream>>>)>,
+    listener: Option<Listener>,
+}
+
+/// The accepting thread's side: told to stop, and which connections to break.
+#[derive(Default, Clone)]
+struct Listener {
+    stop: Arc<AtomicBool>,
+    connections: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl EventServer {
@@ -70,12 +77,13 @@ impl EventServer {
 
     /// Refuses connections and breaks those that exist.
     pub fn pause(&mut self) {
-        if let Some((stop, connections)) = self.listener.take() {
-            stop.store(true, Ordering::SeqCst);
+        if let Some(listener) = self.listener.take() {
+            listener.stop.store(true, Ordering::SeqCst);
             // Wakes the accepting thread.
             let _ = UnixStream::connect(&self.path);
             let _ = fs::remove_file(&self.path);
-            for connection in connections.lock().expect("no panic under this lock").drain(..) {
+            let mut connections = listener.connections.lock().expect("no panic under this lock");
+            for connection in connections.drain(..) {
                 let _ = connection.shutdown(Shutdown::Both);
             }
         }
@@ -84,17 +92,16 @@ impl EventServer {
     pub fn resume(&mut self) {
         let _ = fs::remove_file(&self.path);
         let socket = UnixListener::bind(&self.path).expect("bind the event socket");
-        let stop = Arc::new(AtomicBool::new(false));
-        let connections = Arc::new(Mutex::new(Vec::new()));
-        self.listener = Some((stop.clone(), connections.clone()));
+        let listener = Listener::default();
+        self.listener = Some(listener.clone());
         let received = self.received.clone();
         std::thread::spawn(move || {
             for connection in socket.incoming().map_while(Result::ok) {
-                if stop.load(Ordering::SeqCst) {
+                if listener.stop.load(Ordering::SeqCst) {
                     return;
                 }
                 let copy = connection.try_clone().expect("clone the connection");
-                connections.lock().expect("no panic under this lock").push(copy);
+                listener.connections.lock().expect("no panic under this lock").push(copy);
                 let received = received.clone();
                 std::thread::spawn(move || while serve_one(&connection, &received).is_some() {});
             }

@@ -117,6 +117,8 @@ struct Process {
     /// Once it exists.
     pidfd: Option<Arc<AsyncFd<OwnedFd>>>,
     stdio: Option<Stdio>,
+    /// `CloseIO` may come while the streams are being opened.
+    stdin_closed: bool,
     /// The init process before its start.
     session: Option<init::Session>,
     /// An exec before its start.
@@ -375,7 +377,9 @@ impl Actor {
     }
 
     fn close_io(&mut self, exec_id: &str) -> Result<()> {
-        if let Some(stdio) = &mut self.process(exec_id)?.stdio {
+        let process = self.process(exec_id)?;
+        process.stdin_closed = true;
+        if let Some(stdio) = &mut process.stdio {
             stdio.close_stdin();
         }
         Ok(())
@@ -527,7 +531,7 @@ impl Actor {
         if let Some(process) = self.processes.get_mut(INIT) {
             process.pid = pid;
             process.pidfd = Some(ct.pidfd.clone());
-            process.stdio = Some(stdio);
+            process.hold(stdio);
             process.session = Some(session);
             // The only move out of Creating besides failure, which did not happen.
             let _ = process.phase.advance(Phase::Created);
@@ -601,7 +605,7 @@ impl Actor {
         let process = self.process(exec_id)?;
         process.pid = pid;
         process.pidfd = Some(pidfd.clone());
-        process.stdio = Some(stdio);
+        process.hold(stdio);
         self.advance(exec_id, Phase::Running)?;
         self.event(Event::ExecStarted {
             container_id: self.id.clone(),
@@ -696,10 +700,19 @@ impl Process {
             pid: 0,
             pidfd: None,
             stdio: None,
+            stdin_closed: false,
             session: None,
             program: None,
             exit: None,
         }
+    }
+
+    /// Keeps the open streams of the process.
+    fn hold(&mut self, mut stdio: Stdio) {
+        if self.stdin_closed {
+            stdio.close_stdin();
+        }
+        self.stdio = Some(stdio);
     }
 
     fn view(&self) -> ProcessView {

@@ -144,12 +144,7 @@ impl Pve {
     pub fn vmid_of(&self, container: &str) -> Option<u32> {
         self.configurations()
             .into_iter()
-            .find(|(_, text)| mentions(text, container))
+            .find(|(_, text)| text.contains(&format!(" id={container} ")))
             .map(|(vmid, _)| vmid)
     }
-}
-
-/// Whether an id occurs as a whole word, not as the beginning of a longer one.
-fn mentions(text: &str, id: &str) -> bool {
-    text.split(|c: char| !c.is_ascii_alphanumeric() && !"-_.".contains(c)).any(|word| word == id)
 }

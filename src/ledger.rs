@@ -205,7 +205,15 @@ impl Record {
 
     #[must_use]
     pub fn new(bundle: PathBuf) -> Self {
-        Self { version: VERSION, bundle, identity: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
+        Self {
+            version: VERSION,
+            bundle,
+            identity: None,
+            hooks_ran: false,
+            init: None,
+            monitor: None,
+            cgroups: Vec::new(),
+        }
     }
 }
 

@@ -29,7 +29,9 @@ fn vmid(t: &Test, id: &str) -> u32 {
 
 fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
     let id = t.id("a");
-    t.start_idle(&[], &id);
+    // ctr does not tell a runtime the image; CRI does, by this annotation.
+    let annotation = "io.kubernetes.cri.image-name=docker.io/library/e2e:1";
+    t.start_idle(&["--annotation", annotation], &id);
     let vmid = vmid(t, &id);
     assert!((t.node.vmids.0..=t.node.vmids.1).contains(&vmid));
     let pve = t.node.pve();

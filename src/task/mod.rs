@@ -56,7 +56,7 @@ impl Environment {
         let local = blocking(move || {
             let host =
                 Host::probe().map_err(|source| Error::Io { action: "look at the host", source })?;
-            Ok((host, detached::read_only_clone(&path)?))
+            Ok((host, detached::read_only_file(&path)?))
         });
         let (checked, local) = tokio::join!(checked, local);
         checked?;

@@ -29,6 +29,7 @@ use crate::task::blocking;
 use crate::task::create::{self, CreateRequest, RunningCt};
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
 use crate::task::{Environment, hooks, teardown};
@@ -70,6 +71,12 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Of a container without an actor.
+    #[cfg(test)]
+    pub(crate) fn for_test(view: watch::Receiver<View>) -> Self {
+        Self { commands: mpsc::channel(1).0, view, bundle: PathBuf::new() }
+    }
+
     /// Has the actor carry out a command and awaits its answer.
     ///
     /// # Errors
@@ -83,7 +90,11 @@ impl Handle {
 
 /// Starts the actor, which begins to create the container at once. The answer is the host's pid of
 /// the container's init.
-pub fn spawn(env: Arc<Environment>, request: CreateRequest) -> (Handle, oneshot::Receiver<Result<u32>>) {
+pub fn spawn(
+    env: Arc<Environment>,
+    request: CreateRequest,
+    registration: Registration,
+) -> (Handle, oneshot::Receiver<Result<u32>>) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let (view, viewer) = watch::channel(View::default());
     let (created, answer) = oneshot::channel();
@@ -101,6 +112,7 @@ pub fn spawn(env: Arc<Environment>, request: CreateRequest) -> (Handle, oneshot:
         jobs: JoinSet::new(),
         view,
         given_up: Vec::new(),
+        registration: Some(registration),
     };
     tokio::spawn(actor.run(inbox, created));
     (handle, answer)
@@ -162,6 +174,8 @@ struct Actor {
     view: watch::Sender<View>,
     /// Deletes that arrived while the container was being created.
     given_up: Vec<Reply<Ended>>,
+    /// Given back before the last answer: who has it may use the id again.
+    registration: Option<Registration>,
 }
 
 impl Actor {
@@ -231,6 +245,8 @@ impl Actor {
     fn publish_view(&self) {
         self.view.send_modify(|view| {
             view.paused = self.paused;
+            view.leaving = self.cancel.is_cancelled()
+                || matches!(self.phase(INIT), Some(Phase::Deleting | Phase::Deleted));
             view.cgroup = self.ct.as_ref().map(|ct| ct.cgroup.clone());
             view.processes =
                 self.processes.iter().map(|(id, process)| (id.clone(), process.view())).collect();
@@ -471,6 +487,7 @@ impl Actor {
             Done::Created { result: Err(error), reply } => {
                 let _ = self.advance(INIT, Phase::Deleted);
                 self.publish_view();
+                self.registration = None;
                 for reply in self.given_up.drain(..) {
                     answer(reply, Ok(killed()));
                 }
@@ -684,6 +701,7 @@ impl Actor {
             exited_at: ended.exit.at,
         });
         self.publish_view();
+        self.registration = None;
         answer(reply, Ok(ended));
     }
 }

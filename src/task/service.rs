@@ -136,13 +136,14 @@ impl Service {
 
     async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>> {
         let view = self.handle(id)?.view.borrow().clone();
-        let cgroup = view.cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = view.cgroup.clone().ok_or_else(|| not_created(id))?;
         let pids = blocking(move || Ok(cgroup.pids()?)).await?;
         Ok(pids.into_iter().map(|pid| process_info(pid, &view)).collect())
     }
 
     async fn stats(&self, id: &str) -> Result<Any> {
-        let cgroup = self.handle(id)?.view.borrow().cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = self.handle(id)?.view.borrow().cgroup.clone();
+        let cgroup = cgroup.ok_or_else(|| not_created(id))?;
         blocking(move || Ok(cgroup.metrics()?)).await
     }
 
@@ -307,6 +308,10 @@ impl Task for Service {
         self.containers.shut_down();
         Ok(api::Empty::new())
     }
+}
+
+fn not_created(id: &str) -> Error {
+    Error::Precondition { id: id.to_owned(), reason: "is not created yet" }
 }
 
 fn empty(result: ttrpc::Result<()>) -> ttrpc::Result<api::Empty> {

@@ -29,6 +29,7 @@ use crate::task::blocking;
 use crate::task::create::{self, CreateRequest, RunningCt};
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
 use crate::task::{Environment, hooks, teardown};
@@ -70,6 +71,12 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Of a container without an actor.
+    #[cfg(test)]
+    pub(crate) fn for_test(view: watch::Receiver<View>) -> Self {
+        Self { commands: mpsc::channel(1).0, view, bundle: PathBuf::new() }
+    }
+
     /// Has the actor carry out a command and awaits its answer.
     ///
     /// # Errors
@@ -86,6 +93,7 @@ impl Handle {
 pub fn spawn(
     env: Arc<Environment>,
     request: CreateRequest,
+    registration: Registration,
 ) -> (Handle, oneshot::Receiver<Result<u32>>) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let (view, viewer) = watch::channel(View::default());
@@ -100,10 +108,12 @@ pub fn spawn(
         processes: BTreeMap::new(),
         paused: false,
         freezing: false,
+        killed: false,
         oom_kills: 0,
         jobs: JoinSet::new(),
         view,
         given_up: Vec::new(),
+        registration: Some(registration),
     };
     tokio::spawn(actor.run(inbox, created));
     (handle, answer)
@@ -159,12 +169,16 @@ struct Actor {
     paused: bool,
     /// A pause or resume is under way.
     freezing: bool,
+    /// The init process was sent SIGKILL.
+    killed: bool,
     /// OOM kills that were published.
     oom_kills: u64,
     jobs: JoinSet<Done>,
     view: watch::Sender<View>,
     /// Deletes that arrived while the container was being created.
     given_up: Vec<Reply<Ended>>,
+    /// Given back before the last answer: who has it may use the id again.
+    registration: Option<Registration>,
 }
 
 impl Actor {
@@ -234,6 +248,8 @@ impl Actor {
     fn publish_view(&self) {
         self.view.send_modify(|view| {
             view.paused = self.paused;
+            view.leaving = self.cancel.is_cancelled()
+                || matches!(self.phase(INIT), Some(Phase::Deleting | Phase::Deleted));
             view.cgroup = self.ct.as_ref().map(|ct| ct.cgroup.clone());
             view.processes =
                 self.processes.iter().map(|(id, process)| (id.clone(), process.view())).collect();
@@ -275,21 +291,20 @@ impl Actor {
         let mut view = self.view.subscribe();
         self.job(async move {
             let result = async {
-                if let Err(error) = session.go().await {
-                    // It ends by itself. A delete may follow this answer at once, and must find
-                    // it ended.
-                    let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
-                    let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
-                    return Err(error.into());
-                }
-                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running"))
-                    .await
-                    .inspect_err(|_| {
-                        let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
-                    })?;
+                session.go().await?;
+                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running")).await?;
                 Ok(())
             }
             .await;
+            if let Err(error) = &result {
+                // After a refusal it ends by itself, with a status of its own.
+                if !matches!(error, Error::Init(init::Error::Refused(_))) {
+                    let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
+                }
+                // A delete may follow this answer at once, and must find it ended.
+                let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
+                let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
+            }
             Done::Started { result, reply }
         });
     }
@@ -365,15 +380,23 @@ impl Actor {
             return;
         }
         answer(reply, signal_one(&pidfd, signal));
-        // The freezer of cgroup v1 keeps a killed process from dying.
-        if self.paused && exec_id == INIT && signal == libc::SIGKILL {
-            self.job(async move {
-                if let Err(error) = ct.cgroup.thaw().await {
-                    log::warn!("thaw after a kill: {error}");
-                }
-                Done::Nothing
-            });
+        if exec_id == INIT && signal == libc::SIGKILL {
+            self.killed = true;
+            // One that is just being frozen is thawed when that is done: the two would fight.
+            if self.paused && !self.freezing {
+                self.thaw_killed(ct);
+            }
         }
+    }
+
+    /// The freezer of cgroup v1 keeps a killed process from dying.
+    fn thaw_killed(&mut self, ct: Arc<RunningCt>) {
+        self.job(async move {
+            if let Err(error) = ct.cgroup.thaw().await {
+                log::warn!("thaw after a kill: {error}");
+            }
+            Done::Nothing
+        });
     }
 
     fn close_io(&mut self, exec_id: &str) -> Result<()> {
@@ -475,6 +498,7 @@ impl Actor {
             Done::Created { result: Err(error), reply } => {
                 let _ = self.advance(INIT, Phase::Deleted);
                 self.publish_view();
+                self.registration = None;
                 for reply in self.given_up.drain(..) {
                     answer(reply, Ok(killed()));
                 }
@@ -506,7 +530,8 @@ impl Actor {
             }
             Done::Paused { result, freeze, reply } => {
                 self.freezing = false;
-                if result.is_ok() {
+                // It may have ended meanwhile, and nothing of the kind may be told after its exit.
+                let result = self.live().and_then(|ct| result.map(|()| ct)).map(|ct| {
                     self.paused = freeze;
                     let container_id = self.id.clone();
                     self.event(if freeze {
@@ -514,7 +539,10 @@ impl Actor {
                     } else {
                         Event::Resumed { container_id }
                     });
-                }
+                    if freeze && self.killed {
+                        self.thaw_killed(ct);
+                    }
+                });
                 self.publish_view();
                 answer(reply, result);
             }
@@ -675,11 +703,12 @@ impl Actor {
             return answer(reply, Err(error));
         }
         let _ = self.advance(INIT, Phase::Deleted);
-        let ended = self
-            .processes
-            .get(INIT)
-            .and_then(|p| p.exit.map(|exit| Ended { pid: p.pid, exit }))
-            .unwrap_or_else(killed);
+        let mut ended = killed();
+        if let Some(process) = self.processes.get_mut(INIT) {
+            // For those who still wait: a task that was never started has ended with its delete.
+            let exit = *process.exit.get_or_insert(ended.exit);
+            ended = Ended { pid: process.pid, exit };
+        }
         self.event(Event::Delete {
             container_id: self.id.clone(),
             id: INIT.to_owned(),
@@ -688,6 +717,7 @@ impl Actor {
             exited_at: ended.exit.at,
         });
         self.publish_view();
+        self.registration = None;
         answer(reply, Ok(ended));
     }
 }

@@ -59,7 +59,9 @@ impl RunDir {
             if let Some(parent) = self.0.parent() {
                 match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
                     // It was there a moment ago.
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() => {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() =>
+                    {
                         continue;
                     }
                     result => result.map_err(io)?,

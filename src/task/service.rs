@@ -55,7 +55,10 @@ impl Service {
         }
         // It names a directory that is removed later. containerd's own rule is stricter.
         if matches!(request.id.as_str(), "" | "." | "..") || request.id.contains(['/', '\0']) {
-            return Err(Error::Argument { field: "id", reason: format!("{:?} is no name", request.id) });
+            return Err(Error::Argument {
+                field: "id",
+                reason: format!("{:?} is no name", request.id),
+            });
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
         let id = request.id.clone();
@@ -72,9 +75,9 @@ impl Service {
             config,
             pve,
         };
-        let created = self.containers.add(&id, |registration| {
-            container::spawn(self.env.clone(), create, registration)
-        })?;
+        let created = self
+            .containers
+            .add(&id, |registration| container::spawn(self.env.clone(), create, registration))?;
         created.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
@@ -355,7 +358,11 @@ impl Task for Service {
         Ok(api::ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<api::Empty> {
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: api::ShutdownRequest,
+    ) -> ttrpc::Result<api::Empty> {
         self.containers.shut_down();
         Ok(api::Empty::new())
     }

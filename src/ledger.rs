@@ -55,14 +55,26 @@ impl RunDir {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn create(&self) -> Result<(), Error> {
         let io = |source| Error::Io { action: "create", path: self.0.clone(), source };
-        if let Some(parent) = self.0.parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
-        }
-        match DirBuilder::new().mode(0o700).create(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Error::Exists { dir: self.0.clone() })
+        loop {
+            if let Some(parent) = self.0.parent() {
+                match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
+                    // It was there a moment ago.
+                    Err(error)
+                        if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() =>
+                    {
+                        continue;
+                    }
+                    result => result.map_err(io)?,
+                }
             }
-            result => result.map_err(io),
+            match DirBuilder::new().mode(0o700).create(&self.0) {
+                // Another shim has removed the namespace's last container in between.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    return Err(Error::Exists { dir: self.0.clone() });
+                }
+                result => return result.map_err(io),
+            }
         }
     }
 
@@ -205,7 +217,15 @@ impl Record {
 
     #[must_use]
     pub fn new(bundle: PathBuf) -> Self {
-        Self { version: VERSION, bundle, identity: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
+        Self {
+            version: VERSION,
+            bundle,
+            identity: None,
+            hooks_ran: false,
+            init: None,
+            monitor: None,
+            cgroups: Vec::new(),
+        }
     }
 }
 
@@ -288,6 +308,22 @@ mod tests {
         dir.remove().unwrap();
         dir.remove().unwrap();
         assert!(!dir.path().parent().unwrap().exists(), "empty namespace directory");
+    }
+
+    #[test]
+    fn a_namespace_that_others_empty_meanwhile_is_no_obstacle() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..4 {
+                let dir = RunDir::new(root.path(), "default", &format!("c{n}"));
+                scope.spawn(move || {
+                    for _ in 0..500 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

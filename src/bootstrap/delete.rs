@@ -43,11 +43,7 @@ fn within(limit: Duration, target: &Target, bundle: PathBuf) -> Result<Reclaimed
     wait.recv_timeout(limit).map_err(|_| Error::ReclaimSlow { id: target.id.to_string(), limit })?
 }
 
-fn reclaim(
-    options: Option<RuntimeOptions>,
-    namespace: &str,
-    id: &str,
-) -> Result<Reclaimed, Error> {
+fn reclaim(options: Option<RuntimeOptions>, namespace: &str, id: &str) -> Result<Reclaimed, Error> {
     let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
     let config = config::Config::for_options(options).map_err(|e| Error::Config(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -13,8 +13,8 @@ use crate::ledger::{ProcessId, Record, RunDir};
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
 use crate::oci;
-use crate::pve::identity::Identity;
 use crate::pve;
+use crate::pve::identity::Identity;
 use crate::sys::pidfd::ExitStatus;
 use crate::sys::{self, pidfd};
 use crate::task::error::{Error, Result, sentence};
@@ -54,7 +54,10 @@ pub async fn teardown(
         }
         pve.destroy_ours(&identity, deadline).await?;
         let cgroups = record.cgroups.clone();
-        blocking(move || Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)).await?;
+        blocking(move || {
+            Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
+        })
+        .await?;
     }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
@@ -126,10 +129,8 @@ pub struct Reclaimed {
 /// The ledger can't be read: nothing is touched then.
 pub async fn reclaim(config: &Config, namespace: &str, id: &str) -> Result<Reclaimed> {
     let dir = RunDir::new(&config.paths.run_dir, namespace, id);
-    let killed = Exit {
-        status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()),
-        at: SystemTime::now(),
-    };
+    let killed =
+        Exit { status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()), at: SystemTime::now() };
     let Some(record) = dir.load()? else {
         return Ok(Reclaimed { pid: 0, exit: killed, cleanup: dir.remove().map_err(Error::from) });
     };

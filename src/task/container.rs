@@ -786,7 +786,7 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     blocking(move || {
         for pid in cgroup.pids()? {
             // One that has ended meanwhile does not matter.
-            if let Ok(process) = pidfd::open(pid.cast_signed()) {
+            if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);
             }
         }

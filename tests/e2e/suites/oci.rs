@@ -27,6 +27,7 @@ cases!("oci":
     missing_bind_source_is_named,
     mount_target_through_a_hostile_symlink_stays_inside,
     host_mounts_propagate_into_a_slave_bind,
+    bind_propagation_is_not_that_of_the_root,
     default_devices,
     added_device_is_usable_and_others_are_not,
     host_network,
@@ -203,6 +204,21 @@ fn host_mounts_propagate_into_a_slave_bind(t: &Test) {
         process::run(Command::new("umount").arg(&path)).ok();
     }
     assert_eq!(seen.ok().text(), "late");
+}
+
+fn bind_propagation_is_not_that_of_the_root(t: &Test) {
+    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* /volume \\(.*\\) - .*,\\1,p' /proc/self/mountinfo";
+    for (root, own, shared) in [("rshared", "rprivate", false), ("rslave", "rshared", true)] {
+        let (status, text) = t
+            .run_spec(&t.id(own), &["sh", "-c", script], |spec| {
+                spec["linux"]["rootfsPropagation"] = json!(root);
+                let mounts = spec["mounts"].as_array_mut().expect("a list");
+                mounts.push(json!({"destination": "/volume", "type": "bind",
+                    "source": t.file(""), "options": ["rbind", own]}));
+            })
+            .expect("runs");
+        assert_eq!((status, text.contains("shared:")), (0, shared), "{root} {own}: {text:?}");
+    }
 }
 
 // runc applies it before the pivot only, where nothing of it may remain.

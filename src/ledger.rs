@@ -55,14 +55,19 @@ impl RunDir {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn create(&self) -> Result<(), Error> {
         let io = |source| Error::Io { action: "create", path: self.0.clone(), source };
-        if let Some(parent) = self.0.parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
-        }
-        match DirBuilder::new().mode(0o700).create(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Error::Exists { dir: self.0.clone() })
+        loop {
+            if let Some(parent) = self.0.parent() {
+                DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
             }
-            result => result.map_err(io),
+            match DirBuilder::new().mode(0o700).create(&self.0) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    return Err(Error::Exists { dir: self.0.clone() });
+                }
+                // Another shim has just removed its container, and the directory of the namespace
+                // with it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => return result.map_err(io),
+            }
         }
     }
 
@@ -273,6 +278,22 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = RunDir::new(&root.path().join("run"), "default", "web");
         (root, dir)
+    }
+
+    #[test]
+    fn one_container_comes_while_the_last_other_one_goes() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for id in ["a", "b"] {
+                let dir = RunDir::new(root.path(), "ns", id);
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -61,7 +61,9 @@ impl RunDir {
             if let Some(parent) = self.0.parent() {
                 match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
                     // It was there a moment ago.
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() => {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() =>
+                    {
                         continue;
                     }
                     result => result.map_err(io)?,
@@ -255,7 +257,16 @@ impl Record {
 
     #[must_use]
     pub fn new(bundle: PathBuf) -> Self {
-        Self { version: VERSION, bundle, identity: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new(), shares_pids: false }
+        Self {
+            version: VERSION,
+            bundle,
+            identity: None,
+            hooks_ran: false,
+            init: None,
+            monitor: None,
+            cgroups: Vec::new(),
+            shares_pids: false,
+        }
     }
 }
 

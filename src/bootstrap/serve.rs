@@ -132,7 +132,8 @@ fn set_up(
     log_fifo::install(&bundle.join("log"), LevelFilter::Info, &fields)?;
     log_panics();
     let options = handover.options.as_ref();
-    let config = config::Config::for_options(options.map(|o| (o.type_url.as_str(), o.value.as_slice())))?;
+    let config =
+        config::Config::for_options(options.map(|o| (o.type_url.as_str(), o.value.as_slice())))?;
     let wanted = handover.level.as_deref().and_then(log_fifo::parse_level);
     log::set_max_level(wanted.map_or(config.log.level, |wanted| wanted.max(config.log.level)));
 

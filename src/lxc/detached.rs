@@ -4,9 +4,10 @@
 //! its attributes and propagation already set. So no path of the host is ever resolved in the CT, and
 //! the mount is at no moment in the host's peer group while the CT can see it.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -114,20 +115,32 @@ fn with_atime(set: u64, clear: u64) -> u64 {
     if set & libc::MOUNT_ATTR__ATIME == 0 { clear } else { clear | libc::MOUNT_ATTR__ATIME }
 }
 
-/// A private, read-only mount of one file, for the init binary: what runs it from there can't be used
-/// to write to it, whatever the CT does with `/proc/<pid>/exe`.
+/// One file, such as the init binary, opened (`O_PATH`) on a private, read-only mount that belongs to no
+/// namespace: whoever runs it from there cannot be used to write to it.
+///
+/// A container finds the mount behind `/proc/<pid>/exe` of an exec. While a descriptor of `open_tree(2)`
+/// keeps the mount in its anonymous namespace, CAP_SYS_ADMIN is enough to make it writable
+/// (`mount_setattr(2)`), and with it the file on the host. So that descriptor is closed here: the file's
+/// own descriptor keeps the mount alive, but nothing can change it any more.
 ///
 /// # Errors
 /// [`Error::ReadOnly`].
-pub fn read_only_clone(path: &Path) -> Result<OwnedFd, Error> {
+pub fn read_only_file(path: &Path) -> Result<OwnedFd, Error> {
     let change = Change {
         set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
         clear: 0,
         propagation: libc::MS_PRIVATE,
     };
-    api::clone_tree(path, false)
-        .and_then(|fd| api::change(fd.as_fd(), false, change).map(|()| fd))
-        .map_err(|source| Error::ReadOnly { path: path.to_owned(), source })
+    let open = || {
+        let tree = api::clone_tree(path, false)?;
+        api::change(tree.as_fd(), false, change)?;
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(format!("/proc/self/fd/{}", tree.as_raw_fd()))
+            .map(OwnedFd::from)
+    };
+    open().map_err(|source| Error::ReadOnly { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -137,7 +150,6 @@ mod tests {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     use nix::sys::stat::Mode;
     use std::fs;
-    use std::os::fd::AsRawFd;
 
     const PRIVATE: &[u64] = &[libc::MS_PRIVATE];
 
@@ -253,14 +265,44 @@ mod tests {
     }
 
     #[test]
-    fn the_read_only_clone_runs_and_cannot_be_written() {
+    fn the_read_only_file_runs_and_cannot_be_written() {
         if !root() {
             return;
         }
-        let fd = read_only_clone(Path::new("/bin/true")).unwrap();
+        let fd = read_only_file(Path::new("/bin/true")).unwrap();
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         assert!(std::process::Command::new(&path).status().unwrap().success());
-        let error = fs::OpenOptions::new().write(true).open(&path).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        let write = || fs::OpenOptions::new().write(true).open(&path).unwrap_err().raw_os_error();
+        assert_eq!(write(), Some(libc::EROFS));
+    }
+
+    /// As root, so with more than CAP_SYS_ADMIN, and with what /proc/<pid>/exe leads to.
+    #[test]
+    fn nobody_can_make_the_read_only_file_writable() {
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let fd = read_only_file(&program).unwrap();
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let mut running = std::process::Command::new(&path).arg("60").spawn().unwrap();
+        let exe = PathBuf::from(format!("/proc/{}/exe", running.id()));
+        let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&exe).unwrap();
+        running.kill().unwrap();
+        running.wait().unwrap();
+        let clear = Change { clear: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        let remount = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
+        let remounted = mount(None::<&str>, &path, None::<&str>, remount, None::<&str>);
+        let errors = (
+            api::change(found.as_fd(), false, clear).map_err(|e| e.raw_os_error()),
+            api::clone_tree(&path, false).map(drop).map_err(|e| e.raw_os_error()),
+            remounted,
+            OpenOptions::new().write(true).open(&path).map(drop).map_err(|e| e.raw_os_error()),
+        );
+        let invalid = Err(Some(libc::EINVAL));
+        assert_eq!(errors, (invalid, invalid, Err(Errno::EINVAL), Err(Some(libc::EROFS))));
     }
 }

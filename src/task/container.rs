@@ -23,8 +23,8 @@ use crate::events::Event;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{exec, init};
 use crate::oci::{self, plan::Resources};
-use crate::sys::pidfd::{self, ExitStatus};
 use crate::sys;
+use crate::sys::pidfd::{self, ExitStatus};
 use crate::task::blocking;
 use crate::task::create::{self, CreateRequest, RunningCt};
 use crate::task::error::{Error, Result, sentence};
@@ -183,12 +183,13 @@ struct Actor {
 
 impl Actor {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, created: Reply<u32>) {
-        self.processes.insert(INIT.to_owned(), Process::new(Phase::Creating, self.request.stdio.clone()));
+        self.processes
+            .insert(INIT.to_owned(), Process::new(Phase::Creating, self.request.stdio.clone()));
         self.publish_view();
         let creating = create::create(self.env.clone(), self.request.clone(), self.cancel.clone());
-        self.job(async move {
-            Done::Created { result: creating.await.map(Box::new), reply: created }
-        });
+        self.job(
+            async move { Done::Created { result: creating.await.map(Box::new), reply: created } },
+        );
         loop {
             tokio::select! {
                 command = inbox.recv() => match command {
@@ -217,10 +218,9 @@ impl Actor {
     }
 
     fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
-        self.processes.get_mut(exec_id).ok_or_else(|| Error::ExecNotFound {
-            id: self.id.clone(),
-            exec_id: exec_id.to_owned(),
-        })
+        self.processes
+            .get_mut(exec_id)
+            .ok_or_else(|| Error::ExecNotFound { id: self.id.clone(), exec_id: exec_id.to_owned() })
     }
 
     fn advance(&mut self, exec_id: &str, to: Phase) -> Result<()> {
@@ -263,7 +263,9 @@ impl Actor {
             Command::Exec { exec_id, stdio, spec, reply } => {
                 answer(reply, self.add_exec(exec_id, stdio, &spec));
             }
-            Command::Kill { exec_id, signal, all, reply } => self.kill(&exec_id, signal, all, reply),
+            Command::Kill { exec_id, signal, all, reply } => {
+                self.kill(&exec_id, signal, all, reply)
+            }
             Command::CloseIo { exec_id, reply } => answer(reply, self.close_io(&exec_id)),
             Command::Resize { exec_id, width, height, reply } => {
                 answer(reply, self.resize(&exec_id, width, height));
@@ -445,9 +447,8 @@ impl Actor {
         });
         match begin {
             Err(error) => answer(reply, Err(error)),
-            Ok((ct, resources)) => self.job(async move {
-                Done::Updated { result: update(&ct, resources).await, reply }
-            }),
+            Ok((ct, resources)) => self
+                .job(async move { Done::Updated { result: update(&ct, resources).await, reply } }),
         }
     }
 
@@ -813,8 +814,7 @@ async fn run_exec(
         (kind, files, init)
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
-    let entry =
-        exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
+    let entry = exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
     let spawned = exec::spawn(&env.init, &setup, entry).await?;
     let executed = match spawned.ready().await {
         Ok(master) => {
@@ -825,15 +825,12 @@ async fn run_exec(
         }
         Err(error) => Err((error, spawned.into_pidfd())),
     };
-    let watch = |pidfd| {
-        sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source })
-    };
+    let watch =
+        |pidfd| sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source });
     match executed {
-        Ok((pid, pidfd)) => Ok(StartedExec {
-            pid: pid.unsigned_abs(),
-            pidfd: Arc::new(watch(pidfd)?),
-            stdio,
-        }),
+        Ok((pid, pidfd)) => {
+            Ok(StartedExec { pid: pid.unsigned_abs(), pidfd: Arc::new(watch(pidfd)?), stdio })
+        }
         Err((error, pidfd)) => {
             // It ends by itself and is our child.
             let pidfd = watch(pidfd)?;

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, Vmid};
 use crate::ledger::{self, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
-use crate::lxc::detached::DetachedMount;
 use crate::lxc::config::CgroupVersion;
+use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
@@ -90,20 +90,17 @@ pub async fn create(
     match make().await {
         Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
             let limit = request.config.proxmox.task_timeout;
-            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit).await? {
+            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit)
+                .await?
+            {
                 return Err(exists);
             }
             make().await?;
         }
         result => result?,
     }
-    let mut building = Building {
-        record: Record::new(request.bundle.clone()),
-        dir,
-        env,
-        request,
-        cancel,
-    };
+    let mut building =
+        Building { record: Record::new(request.bundle.clone()), dir, env, request, cancel };
     match building.build().await {
         Ok(created) => Ok(created),
         Err(error) => {
@@ -181,7 +178,10 @@ impl Building {
             config: request.config.clone(),
             host: self.env.host.clone(),
             pid,
-            pidfd: Arc::new(sys::watch(connected.pidfd).map_err(|source| Error::Io { action: "watch the CT's init", source })?),
+            pidfd: Arc::new(
+                sys::watch(connected.pidfd)
+                    .map_err(|source| Error::Io { action: "watch the CT's init", source })?,
+            ),
             cgroup: Arc::new(cgroup),
             exec_namespaces: namespaces,
             oom: tokio::sync::Mutex::new(oom),
@@ -189,9 +189,8 @@ impl Building {
         };
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
         let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
-        let terminal = self
-            .or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts))
-            .await??;
+        let terminal =
+            self.or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts)).await??;
         if let Some(master) = terminal {
             stdio.attach_terminal(master)?;
         }

@@ -115,7 +115,9 @@ impl Error {
             Self::Cancelled { .. } => Code::CANCELLED,
             Self::Pve(error) => pve_code(error),
             Self::Claim(error) => match error {
-                ClaimError::Exists { .. } | ClaimError::RangeFull { .. } => Code::RESOURCE_EXHAUSTED,
+                ClaimError::Exists { .. } | ClaimError::RangeFull { .. } => {
+                    Code::RESOURCE_EXHAUSTED
+                }
                 ClaimError::NoQuorum { .. } | ClaimError::NotMounted { .. } => Code::UNAVAILABLE,
                 ClaimError::Render(_) => Code::INVALID_ARGUMENT,
                 ClaimError::Write { .. } | ClaimError::Counter { .. } => Code::UNKNOWN,
@@ -143,9 +145,7 @@ impl Error {
     pub fn and_cleanup(self, cleanup: Result<()>) -> Self {
         match cleanup {
             Ok(()) => self,
-            Err(cleanup) => {
-                Self::Both { first: Box::new(self), cleanup: Box::new(cleanup) }
-            }
+            Err(cleanup) => Self::Both { first: Box::new(self), cleanup: Box::new(cleanup) },
         }
     }
 }

@@ -55,9 +55,9 @@ impl Environment {
         let init_path = config.init_path()?;
         let path = init_path.clone();
         let local = blocking(move || {
-            let host = Host::probe()
-                .map_err(|source| Error::Io { action: "look at the host", source })?;
-            Ok((host, detached::read_only_clone(&path)?))
+            let host =
+                Host::probe().map_err(|source| Error::Io { action: "look at the host", source })?;
+            Ok((host, detached::read_only_file(&path)?))
         });
         let (checked, local) = tokio::join!(checked, local);
         checked?;

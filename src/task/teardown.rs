@@ -12,12 +12,12 @@ use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::ledger::{ProcessId, Record, RunDir};
-use crate::lxc::exit::{self, Exit};
 use crate::lxc::cgroup::Cgroup;
+use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
 use crate::oci;
-use crate::pve::identity::{self, Identity};
 use crate::pve;
+use crate::pve::identity::{self, Identity};
 use crate::sys::pidfd::ExitStatus;
 use crate::sys::{self, pidfd};
 use crate::task::container::Ended;
@@ -180,10 +180,8 @@ pub async fn reclaim(
     known: impl FnOnce(Ended),
 ) -> Result<()> {
     let dir = RunDir::new(&config.paths.run_dir, namespace, id);
-    let killed = Exit {
-        status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()),
-        at: SystemTime::now(),
-    };
+    let killed =
+        Exit { status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()), at: SystemTime::now() };
     let Some(mut record) = dir.load()? else {
         known(Ended { pid: 0, exit: killed });
         return Ok(dir.remove()?);

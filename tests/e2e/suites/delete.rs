@@ -379,8 +379,10 @@ fn a_crash_at_any_moment_of_a_life_leaves_nothing(t: &Test) {
         driver.delete_after_crash(&id);
         let left: Vec<_> = t.node.remains(&id, &[id.clone()]);
         assert!(left.is_empty(), "killed after {} ms: {left:#?}", step * step);
-        assert!(!std::fs::read_to_string("/proc/self/mountinfo")
-            .is_ok_and(|table| table.contains(&shim.bundle.display().to_string())));
+        assert!(
+            !std::fs::read_to_string("/proc/self/mountinfo")
+                .is_ok_and(|table| table.contains(&shim.bundle.display().to_string()))
+        );
         driver.remove_bundle(&id);
     }
 }

@@ -24,6 +24,7 @@ use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
 use crate::task::registry::Registry;
 use crate::task::stdio::StdioRequest;
+use crate::task::teardown;
 use crate::task::view::{INIT, ProcessView, View};
 
 /// The Task service of one shim.
@@ -41,6 +42,12 @@ impl Service {
     /// Resolves when containerd has asked the shim to end and no task is left.
     pub async fn finished(&self) {
         self.containers.finished().await;
+    }
+
+    /// Removes what dead shims left behind on this node.
+    pub fn sweep(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let env = self.env.clone();
+        async move { teardown::sweep(&env.config, &env.pve).await }
     }
 
     fn handle(&self, id: &str) -> Result<Handle> {

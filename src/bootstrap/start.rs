@@ -57,15 +57,13 @@ pub(super) fn run(target: &Target) -> Result<Started, Error> {
     let channel = match socket::bind(&path)? {
         // The shim of this pod, or a start that is repeated.
         Bound::Served => None,
-        Bound::Fresh(listener) => {
-            match launch(target, &bundle, listener, request) {
-                Ok(channel) => Some(channel),
-                Err(error) => {
-                    socket::remove_dead(&path);
-                    return Err(error);
-                }
+        Bound::Fresh(listener) => match launch(target, &bundle, listener, request) {
+            Ok(channel) => Some(channel),
+            Err(error) => {
+                socket::remove_dead(&path);
+                return Err(error);
             }
-        }
+        },
     };
     // From here on an error drops the channel, and with it the server and its socket.
     super::write_file(&super::address_file(&bundle), address.as_bytes())?;

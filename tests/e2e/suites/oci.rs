@@ -207,7 +207,8 @@ fn host_mounts_propagate_into_a_slave_bind(t: &Test) {
 }
 
 fn bind_propagation_is_not_that_of_the_root(t: &Test) {
-    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* /volume \\(.*\\) - .*,\\1,p' /proc/self/mountinfo";
+    let script =
+        "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* /volume \\(.*\\) - .*,\\1,p' /proc/self/mountinfo";
     for (root, own, shared) in [("rshared", "rprivate", false), ("rslave", "rshared", true)] {
         let (status, text) = t
             .run_spec(&t.id(own), &["sh", "-c", script], |spec| {

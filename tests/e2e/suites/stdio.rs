@@ -23,6 +23,7 @@ cases!("stdio":
     binary_uri_that_cannot_run_is_an_error,
     detached_output_is_read_later_by_attach,
     a_client_that_goes_away_does_not_end_stdin,
+    a_reader_that_comes_late_gets_everything,
     a_grandchild_that_keeps_stdout_does_not_hold_the_exit,
     without_a_pid_namespace_a_grandchild_does_not_hold_the_exit,
 );
@@ -236,4 +237,67 @@ fn without_a_pid_namespace_a_grandchild_does_not_hold_the_exit(t: &Test) {
     let out = t.run(&["--with-ns", &hosts], &id, &["sh", "-c", script]).expect(8);
     assert_eq!(out.text(), "parent");
     assert!(started.elapsed() < Duration::from_secs(15), "took {:?}", started.elapsed());
+}
+
+// containerd's client opens its end of a FIFO in the background: on a busy machine a short process
+// has ended by then. runc's shim waits for the reader before it starts the process.
+fn a_reader_that_comes_late_gets_everything(t: &Test) {
+    use crate::harness::direct::Stdio3;
+    let (id, driver) = (t.id("a"), t.driver());
+    let fifos = |name: &str| {
+        let io = Stdio3 {
+            stdout: t.file(&format!("{name}-out")),
+            stderr: t.file(&format!("{name}-err")),
+            ..Stdio3::default()
+        };
+        for path in [&io.stdout, &io.stderr] {
+            sys::mkfifo(path.as_ref());
+        }
+        io
+    };
+    let late = |path: &str| {
+        let mut reader = fs::File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .expect("open the FIFO");
+        let mut text = String::new();
+        eventually("output in the FIFO", Duration::from_secs(10), || {
+            let mut buffer = [0u8; 64];
+            if let Ok(count @ 1..) = reader.read(&mut buffer) {
+                text.push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+            text.ends_with('\n').then_some(())
+        });
+        text
+    };
+    let pause = || std::thread::sleep(Duration::from_millis(700));
+
+    let shim = driver.start(&id, &driver.spec(&id, &["sh", "-c", "echo first; sleep 1000"]));
+    let io = fifos("container");
+    let (other, streams) = (shim.clone(), io.clone());
+    let starting = std::thread::spawn(move || {
+        other.create(&streams).expect("create");
+        other.start("").expect("start");
+    });
+    pause();
+    let _errors = fs::File::options().read(true).write(true).open(&io.stderr).expect("open");
+    assert_eq!(late(&io.stdout), "first\n");
+    starting.join().expect("the container starts");
+
+    let process = serde_json::json!({
+        "args": ["echo", "short"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
+    });
+    let io = fifos("exec");
+    let (other, streams) = (shim.clone(), io.clone());
+    let starting = std::thread::spawn(move || {
+        other.exec("late", &process, &streams).expect("exec");
+        other.start("late").expect("start of the exec");
+    });
+    pause();
+    let _errors = fs::File::options().read(true).write(true).open(&io.stderr).expect("open");
+    assert_eq!(late(&io.stdout), "short\n");
+    starting.join().expect("the exec starts");
+    shim.finish();
+    driver.remove_bundle(&id);
 }

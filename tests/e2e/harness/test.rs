@@ -24,9 +24,11 @@ pub struct Test {
 impl Test {
     /// Runs a test body, removes what it left running, and fails if anything stays behind.
     pub fn execute(node: Arc<Node>, number: usize, suite: &str, body: fn(&Test)) {
+        // After a signal the remaining tests must not make again what was just removed.
+        assert!(node.root.exists(), "the node is being torn down");
         let prefix = format!("t{number:03}-{suite}-");
         let directory = node.root.join(format!("t{number:03}"));
-        std::fs::create_dir_all(&directory).expect("create the test's directory");
+        std::fs::create_dir(&directory).expect("create the test's directory");
         let test = Test { node, prefix, ids: Mutex::default(), directory };
         let outcome = catch_unwind(AssertUnwindSafe(|| body(&test)));
         if outcome.is_err() {

@@ -515,6 +515,7 @@ impl Node {
         if keep_logs {
             self.save_logs();
         }
+        self.kill_clients();
         self.kill_workloads();
         self.stop_containerd(libc::SIGTERM);
         for pid in self.shims("") {
@@ -555,6 +556,18 @@ impl Node {
     fn bundles(&self) -> Vec<String> {
         let entries = fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// After a signal, tests that are cut short leave their `ctr` running.
+    fn kill_clients(&self) {
+        let socket = self.socket().display().to_string();
+        let own = std::process::id().to_string();
+        for (pid, line) in process::processes() {
+            let is_client = line.split(' ').any(|word| word == socket);
+            if is_client && process::status_field(pid, "PPid").as_deref() == Some(own.as_str()) {
+                sys::kill(pid, libc::SIGKILL);
+            }
+        }
     }
 
     fn kill_workloads(&self) {

@@ -145,8 +145,9 @@ fn take_slice(range: (u32, u32)) -> (u32, u32) {
     (first, first + VMIDS_PER_NODE - 1)
 }
 
-/// Tears down every node of this process.
+/// Tears down every node of this process, which is about to end.
 pub fn tear_down_all() {
+    process::start_no_more();
     let nodes = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
     for node in nodes.iter().filter_map(Weak::upgrade) {
         node.tear_down(false);

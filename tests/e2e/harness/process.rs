@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::sys;
@@ -71,8 +72,17 @@ pub struct Running {
     stderr: Option<std::thread::JoinHandle<Vec<u8>>>,
 }
 
+/// Set once a signal asked the run to end.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// From now on no command is started any more: what is cleaned up must not be used again.
+pub fn start_no_more() {
+    ENDING.store(true, Ordering::SeqCst);
+}
+
 impl Running {
     pub fn spawn(command: &mut Command, stdin: Option<&[u8]>) -> Running {
+        assert!(!ENDING.load(Ordering::SeqCst), "the run was asked to end");
         let text = describe(command);
         command.stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());

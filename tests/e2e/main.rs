@@ -28,7 +28,11 @@ fn main() -> ExitCode {
         node::tear_down_all();
         std::process::exit(128 + signal);
     });
-    let shared = Node::start(&setting, Options::default());
+    let shared =
+        catch_unwind(|| Node::start(&setting, Options::default())).unwrap_or_else(|panic| {
+            leave_to_the_signal();
+            resume_unwind(panic)
+        });
     let trials = cases
         .into_iter()
         .enumerate()
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         })
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    leave_to_the_signal();
     let mut failed = conclusion.has_failed();
     if !failed {
         let remains = shared.remains("", &[]);
@@ -65,5 +70,12 @@ fn on_own_node(setting: &Setting, options: Options, number: usize, case: &suites
     own.tear_down(outcome.is_err());
     if let Err(panic) = outcome {
         resume_unwind(panic);
+    }
+}
+
+/// After a signal, the thread that handles it ends the process when all is cleaned up.
+fn leave_to_the_signal() {
+    while harness::process::is_ending() {
+        std::thread::park();
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use super::events::Events;
@@ -110,7 +110,7 @@ pub struct Node {
     pub namespace: String,
     pub events: Events,
     pub vmids: (u32, u32),
-    pve: Option<Mutex<Pve>>,
+    pve: OnceLock<Mutex<Pve>>,
     options: Options,
     daemons: Mutex<Daemons>,
     stopped: Mutex<bool>,
@@ -149,8 +149,13 @@ fn take_slice(range: (u32, u32)) -> (u32, u32) {
 pub fn tear_down_all() {
     process::start_no_more();
     let nodes = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-    for node in nodes.iter().filter_map(Weak::upgrade) {
+    let nodes: Vec<_> = nodes.iter().filter_map(Weak::upgrade).collect();
+    for node in &nodes {
         node.tear_down(false);
+    }
+    for node in &nodes {
+        // A node that was just being made may have written a file meanwhile.
+        let _ = fs::remove_dir_all(&node.root);
     }
 }
 
@@ -166,18 +171,20 @@ impl Node {
             .filter(|path| !path.exists())
             .collect();
         fs::create_dir_all(&root).expect("create the temporary directory");
-        let mut node = Node {
+        let node = Arc::new(Node {
             setting: setting.clone(),
             root,
             namespace: tag,
             events: Events::default(),
             vmids,
-            pve: None,
+            pve: OnceLock::new(),
             options,
             daemons: Mutex::default(),
             stopped: Mutex::new(false),
             created,
-        };
+        });
+        // First of all: a signal may come while the rest is under way.
+        STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(Arc::downgrade(&node));
         image::write(&node.root, &node.root.join("image.tar"), &node.root.join("rootfs"));
         node.write_containerd_config();
         if setting.is_proxmox() {
@@ -191,12 +198,10 @@ impl Node {
                         sys::without_pidfd_info(c);
                     }
                 });
-            node.pve = Some(Mutex::new(pve));
+            let _ = node.pve.set(Mutex::new(pve));
             let text = node.shim_config_text() + &node.options.shim_config;
             fs::write(node.shim_config(), text).expect("write the shim's configuration");
         }
-        let node = Arc::new(node);
-        STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(Arc::downgrade(&node));
         node.start_containerd();
         node.ctr(&["images", "import", &node.root.join("image.tar").display().to_string()]).ok();
         node
@@ -225,13 +230,13 @@ impl Node {
 
     /// The administrator's view of Proxmox.
     pub fn pve(&self) -> std::sync::MutexGuard<'_, Pve> {
-        let pve = self.pve.as_ref().expect("this test needs the Proxmox runtime");
+        let pve = self.pve.get().expect("this test needs the Proxmox runtime");
         // A test that failed while holding the lock leaves nothing half done here.
         pve.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     pub fn has_pve(&self) -> bool {
-        self.pve.is_some()
+        self.pve.get().is_some()
     }
 
     fn write_containerd_config(&self) {
@@ -300,9 +305,12 @@ impl Node {
         if self.options.without_pidfd_info {
             sys::without_pidfd_info(&mut command);
         }
-        let mut child = command.spawn().expect("cannot run containerd");
+        let child = command.spawn().expect("cannot run containerd");
+        self.lock_daemons().containerd = Some(child);
         process::eventually("containerd answers", Duration::from_secs(30), || {
-            if let Ok(Some(status)) = child.try_wait() {
+            assert!(!process::is_ending(), "the run was asked to end");
+            let ended = self.lock_daemons().containerd.as_mut().map(Child::try_wait);
+            if let Some(Ok(Some(status))) = ended {
                 let log = fs::read_to_string(self.root.join("containerd.log")).unwrap_or_default();
                 let tail: Vec<_> = log.lines().rev().take(5).collect();
                 panic!("containerd ended at once: {status}: {tail:?}");
@@ -310,7 +318,6 @@ impl Node {
             (self.socket().exists() && self.ctr(&["version"]).code == 0).then_some(())
         });
         let events = self.events.follow(self.ctr_command().arg("events"));
-        self.lock_daemons().containerd = Some(child);
         self.lock_daemons().events = Some(events);
         // The subscription is there once an event that we cause arrives.
         let mut tries = 0;
@@ -527,7 +534,7 @@ impl Node {
                 let _ = fs::remove_file(socket);
             }
         }
-        if let Some(pve) = &self.pve {
+        if let Some(pve) = self.pve.get() {
             pve.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).stop();
         }
         self.kill_workloads();

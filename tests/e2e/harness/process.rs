@@ -80,9 +80,14 @@ pub fn start_no_more() {
     ENDING.store(true, Ordering::SeqCst);
 }
 
+/// Whether a signal asked the run to end.
+pub fn is_ending() -> bool {
+    ENDING.load(Ordering::SeqCst)
+}
+
 impl Running {
     pub fn spawn(command: &mut Command, stdin: Option<&[u8]>) -> Running {
-        assert!(!ENDING.load(Ordering::SeqCst), "the run was asked to end");
+        assert!(!is_ending(), "the run was asked to end");
         let text = describe(command);
         command.stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());

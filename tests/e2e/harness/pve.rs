@@ -40,6 +40,10 @@ impl Pve {
         std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
         let file = root.join("ready.json");
         let ready = process::eventually("the simulator listens", Duration::from_secs(20), || {
+            if process::is_ending() {
+                process::terminate(&mut child, Duration::from_secs(5));
+                panic!("the run was asked to end");
+            }
             if let Ok(Some(status)) = child.try_wait() {
                 let log = fs::read_to_string(root.with_extension("log")).unwrap_or_default();
                 panic!("the simulator ended at once: {status}: {log}");

@@ -337,6 +337,22 @@ mod tests {
     }
 
     #[test]
+    fn one_container_comes_while_the_last_other_one_goes() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for id in ["a", "b"] {
+                let dir = RunDir::new(root.path(), "ns", id);
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
     fn a_record_survives_and_a_second_container_of_the_id_is_refused() {
         let (_root, dir) = dir();
         dir.create().unwrap();

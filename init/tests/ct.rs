@@ -259,7 +259,7 @@ fn hostile_images_are_refused() {
     needs_ct!();
     // (what the image contains, what is asked for, the message)
     type Case = (fn(&Ct), fn(&mut ContainerSetup), &'static str);
-    let cases: [Case; 8] = [
+    let cases: [Case; 9] = [
         (
             |ct| {
                 fs::remove_dir(ct.rootfs().join("sys")).unwrap();
@@ -268,6 +268,14 @@ fn hostile_images_are_refused() {
             |_| {},
             "error mounting \"sysfs\" to rootfs at \"/sys\": \"/sys\" must be mounted on ordinary \
              directory",
+        ),
+        (
+            |ct| symlink("../proc/sys/kernel/core_pattern", ct.rootfs().join("console")).unwrap(),
+            |s| {
+                s.links.push(("/console".to_owned(), "/dev/console".to_owned()));
+                s.process.terminal = Some(WindowSize::default());
+            },
+            "\"/dev/console\" is a symbolic link",
         ),
         (
             |ct| symlink("/proc/sys", ct.rootfs().join("evil")).unwrap(),

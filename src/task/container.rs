@@ -810,7 +810,7 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     blocking(move || {
         for pid in cgroup.pids()? {
             // One that has ended meanwhile does not matter.
-            if let Ok(process) = pidfd::open(pid.cast_signed()) {
+            if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);
             }
         }
@@ -836,13 +836,24 @@ async fn reap(pidfd: Arc<AsyncFd<OwnedFd>>) -> Exit {
 }
 
 /// Starts an exec up to and including its `execve`.
+/// The `oom_score_adj` of the container's own process if it is above the shim's, which an exec would
+/// otherwise keep: containerd protects its shims, and the kernel would end the container rather than a
+/// greedy exec. Raising the value needs no capability.
+fn oom_score_adj(pid: i32) -> Option<i32> {
+    let read = |process: &str| -> Option<i32> {
+        let text = std::fs::read_to_string(format!("/proc/{process}/oom_score_adj")).ok()?;
+        text.trim().parse().ok()
+    };
+    read(&pid.to_string()).filter(|score| read("self").is_some_and(|own| *score > own))
+}
+
 async fn run_exec(
     env: &Environment,
     ct: &RunningCt,
     id: &str,
     exec_id: &str,
     request: StdioRequest,
-    program: Program,
+    mut program: Program,
 ) -> Result<StartedExec> {
     let context = env.stdio_context(id, Some(exec_id), &ct.bundle);
     let mut stdio = Stdio::open(&request, &context).await?;
@@ -850,7 +861,14 @@ async fn run_exec(
         let (cgroup, pid) = (ct.cgroup.clone(), ct.pid);
         let init = ct.pidfd.get_ref().try_clone();
         let init = init.map_err(|source| Error::Io { action: "copy the pidfd of init", source })?;
-        let (kind, files) = blocking(move || Ok(cgroup.exec_files(pid)?)).await?;
+        let inherits = program.oom_score_adj.is_none();
+        let (kind, files, score) = blocking(move || {
+            let score = if inherits { oom_score_adj(pid) } else { None };
+            let (kind, files) = cgroup.exec_files(pid)?;
+            Ok((kind, files, score))
+        })
+        .await?;
+        program.oom_score_adj = program.oom_score_adj.or(score);
         (kind, files, init)
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };

@@ -12,8 +12,7 @@
 //! is gone. So the exit of an exec is seen as soon as its own output has been delivered and those others
 //! have been silent for a moment; from then on they get `EPIPE` and `SIGPIPE`, as they do with runc's shim.
 //! The container's first process leaves nobody behind: its pid namespace dies with it, and without one
-//! of its own the shim kills what is left in the cgroup before the exit is seen. It needs no detour, and
-//! its output survives the shim.
+//! of its own the shim kills what is left in the cgroup before the exit is seen. It needs no detour.
 //!
 //! Nothing here blocks the runtime: a FIFO is opened through a descriptor that already has both ends,
 //! regular files on the blocking pool.

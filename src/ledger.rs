@@ -16,6 +16,8 @@ use crate::sys::pidfd;
 
 /// Raised by any change of [`Record`] that an older release can't read.
 const VERSION: u32 = 1;
+/// Each can only fail if another container of the namespace ends at the same instant.
+const CREATE_ATTEMPTS: u32 = 1000;
 
 /// Why the ledger could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -55,19 +57,29 @@ impl RunDir {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn create(&self) -> Result<(), Error> {
         let io = |source| Error::Io { action: "create", path: self.0.clone(), source };
-        loop {
+        let try_once = || {
             if let Some(parent) = self.0.parent() {
-                DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
-            }
-            match DirBuilder::new().mode(0o700).create(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(Error::Exists { dir: self.0.clone() });
+                match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
+                    // It was there and is gone again; else the next call says what is wrong.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    result => result?,
                 }
-                // Another shim has just removed its container, and the directory of the namespace
-                // with it.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                result => return result.map_err(io),
             }
+            DirBuilder::new().mode(0o700).create(&self.0)
+        };
+        // Another shim may just be removing its container, and the directory of the namespace with it.
+        let mut result = try_once();
+        for _ in 0..CREATE_ATTEMPTS {
+            if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                break;
+            }
+            result = try_once();
+        }
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Error::Exists { dir: self.0.clone() })
+            }
+            result => result.map_err(io),
         }
     }
 

@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::pidfd;
@@ -171,6 +173,35 @@ impl RunDir {
         self.write(&path, &json)
     }
 
+    /// Keeps others from removing the directory, until the lock is dropped; `None` if another has
+    /// it, or the directory is gone. What was read before may be outdated.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn try_lock(&self) -> Result<Option<Flock<File>>, Error> {
+        let io = |source| Error::Io { action: "lock", path: self.0.clone(), source };
+        let directory = match File::open(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            result => result.map_err(io)?,
+        };
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(io(errno.into())),
+        }
+    }
+
+    /// All below `root`, with their containers' ids.
+    #[must_use]
+    pub fn all(root: &Path) -> Vec<(String, Self)> {
+        let below = |directory: &Path| -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+        };
+        let dirs = below(root).into_iter().flat_map(|namespace| below(&namespace));
+        dirs.filter_map(|dir| Some((dir.file_name()?.to_str()?.to_owned(), Self(dir)))).collect()
+    }
+
     /// Reads the record; `None` if the container never got one.
     ///
     /// # Errors
@@ -211,9 +242,18 @@ pub struct Record {
     pub monitor: Option<ProcessId>,
     /// The CT's cgroups, relative to each hierarchy's root; set together with `identity`.
     pub cgroups: Vec<String>,
+    /// Its processes may outlive PID 1: it has no pid namespace of its own.
+    #[serde(default)]
+    pub shares_pids: bool,
 }
 
 impl Record {
+    /// Whether a process of the CT may still run.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        [self.init, self.monitor].into_iter().flatten().any(|process| process.open().is_some())
+    }
+
     /// Where the rootfs is mounted.
     #[must_use]
     pub fn rootfs(&self) -> PathBuf {
@@ -222,7 +262,16 @@ impl Record {
 
     #[must_use]
     pub fn new(bundle: PathBuf) -> Self {
-        Self { version: VERSION, bundle, identity: None, hooks_ran: false, init: None, monitor: None, cgroups: Vec::new() }
+        Self {
+            version: VERSION,
+            bundle,
+            identity: None,
+            hooks_ran: false,
+            init: None,
+            monitor: None,
+            cgroups: Vec::new(),
+            shares_pids: false,
+        }
     }
 }
 
@@ -321,6 +370,22 @@ mod tests {
         dir.remove().unwrap();
         dir.remove().unwrap();
         assert!(!dir.path().parent().unwrap().exists(), "empty namespace directory");
+    }
+
+    #[test]
+    fn a_namespace_that_others_empty_meanwhile_is_no_obstacle() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..4 {
+                let dir = RunDir::new(root.path(), "default", &format!("c{n}"));
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

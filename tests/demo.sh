@@ -155,16 +155,18 @@ api() { # METHOD PATH [curl arguments]
 		--config "$root/curl.conf" --request "$method" "$@" "$endpoint/api2/json$path"
 }
 
-# A file of the cgroup of a process: cgroup PID CONTROLLER V1-FILE V2-FILE
+# A file of a container's cgroup: cgroup PID ID CONTROLLER V1-FILE V2-FILE
 cgroup() {
-	local path
-	path=$(awk -F : -v c="$2" '$2 == c {print $3}' "/proc/$1/cgroup")
+	local path base=/sys/fs/cgroup file=$5
+	path=$(awk -F : -v c="$3" '$2 == c {print $3}' "/proc/$1/cgroup")
 	if [[ -n $path ]]; then
-		cat "/sys/fs/cgroup/$2$path/$3"
+		base=$base/$3 file=$4
 	else
 		path=$(awk -F : '$1 == 0 {print $3}' "/proc/$1/cgroup")
-		cat "/sys/fs/cgroup$path/$4" 2>/dev/null || cat "/sys/fs/cgroup${path%/*}/$4"
 	fi
+	# The process may be in a leaf below the cgroup that is named after the container.
+	[[ $path == */$2/* ]] && path=${path%"/$2/"*}/$2
+	cat "$base$path/$file"
 }
 
 # --- start -------------------------------------------------------------------------------------
@@ -295,7 +297,6 @@ if on_proxmox; then
 	prompt "curl …/lxc/$vmid/config | jq -r .data.description"
 	jq -r '.data.description' <<<"$conf" | indent
 	contains 'the notes' "$(jq -r '.data.description' <<<"$conf")" web
-	contains 'the notes' "$(jq -r '.data.description' <<<"$conf")" "$image"
 	equal 'the memory that Proxmox shows' "$(jq -r '.data.memory' <<<"$conf")" 64
 	if grep -rq GREETING "$(ready pmxcfs)"; then
 		fail 'the environment of the container is in /etc/pve'
@@ -315,7 +316,7 @@ export bold plain root
 # ctr resizes the terminal when it has started the exec: the exec must live to see it.
 output=$(SHELL=/bin/bash script --quiet --return --command \
 	"private=(--fifo-dir '$root/fifo'); task_exec --tty --exec-id two web sh -c 'tty; sleep 0.3'" \
-	/dev/null </dev/null 2>&1 | tr -d '\r' | grep -v '^\^' || true)
+	/dev/null </dev/null 2>&1 | tr -d '\r\b' | sed 's/\^[@D]//g')
 indent <<<"$output"
 contains 'the terminal' "$output" /dev/pts/
 good 'exit status 7 came back; the second exec had a terminal'
@@ -371,7 +372,7 @@ curl --silent --show-error --max-time 20 --http2-prior-knowledge --noproxy '*' \
 	-H 'content-type: application/grpc' -H 'te: trailers' -H "containerd-namespace: $namespace" \
 	http://localhost/containerd.services.tasks.v1.Tasks/Update >/dev/null
 grep -qi '^grpc-status: 0' "$root/headers" || fail "Update was refused: $(grep -i ^grpc- "$root/headers")"
-equal 'the limit in the cgroup' "$(cgroup "$pid" memory memory.limit_in_bytes memory.max)" "$limit"
+equal 'the limit in the cgroup' "$(cgroup "$pid" web memory memory.limit_in_bytes memory.max)" "$limit"
 if on_proxmox; then
 	shown=$(api GET "/nodes/$node/lxc/$vmid/config" | jq -r .data.memory)
 	equal 'the memory that Proxmox shows' "$shown" 96

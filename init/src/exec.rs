@@ -22,9 +22,8 @@ pub fn run() -> ExitCode {
         .and_then(|()| sys::close_from(3))
         .and_then(|()| sys::adopt(EXEC_SOCKET_FD));
     let Ok(socket) = socket else {
-        let _ = std::io::stderr().write_all(
-            b"proxmox-shim-init: exec is started by the shim, with a socket as stdin\n",
-        );
+        let _ = std::io::stderr()
+            .write_all(b"proxmox-shim-init: exec is started by the shim, with a socket as stdin\n");
         return ExitCode::FAILURE;
     };
     let channel = Channel::new(socket);

@@ -28,12 +28,11 @@ const MAX_OUTPUT: usize = 4096;
 /// `hook stop`: writes the exit record. Never fails: LXC would log it, and has to clean up anyway.
 pub fn stop(run_dir: &Path) -> ExitCode {
     let target = std::env::var_os("LXC_TARGET");
-    if let Some(exit) = find_exit(run_dir, target.as_deref()) {
-        let record = render(&exit, now(), oom_kills(run_dir));
-        if let Err(e) = write_record(run_dir, &record) {
-            // lxc-start writes this into its log.
-            let _ = writeln!(io::stderr(), "write {}/exit.json: {e}", run_dir.display());
-        }
+    let exit = find_exit(run_dir, target.as_deref());
+    let record = render(&exit, now(), oom_kills(run_dir));
+    if let Err(e) = write_record(run_dir, &record) {
+        // lxc-start writes this into its log.
+        let _ = writeln!(io::stderr(), "write {}/exit.json: {e}", run_dir.display());
     }
     ExitCode::SUCCESS
 }
@@ -53,14 +52,14 @@ struct Exit {
     source: &'static str,
 }
 
-/// `None` if neither the kernel nor the log knows; the reader of the record treats its absence as
-/// an unknown exit.
-fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Option<Exit> {
-    let log = || {
-        let tail = read_tail(&run_dir.join("lxc.log"))?;
-        Some(parse_log(&tail))
-    };
-    decide(target, reaped_wait_status(), log)
+/// What containerd says of a process whose end nobody saw.
+const UNKNOWN: Exit = Exit { status: 255, source: "unknown" };
+
+/// [`UNKNOWN`] if neither the kernel nor the log knows: a record of that is better than none, for
+/// which its reader would wait.
+fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Exit {
+    let log = || parse_log(&read_tail(&run_dir.join("lxc.log"))?);
+    decide(target, reaped_wait_status(), log).unwrap_or(UNKNOWN)
 }
 
 /// The rule of all sources.
@@ -150,16 +149,20 @@ fn read_tail(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// The status in liblxc's log: the last line ` - Child <PID> ended on error (N)` or `… on signal
-/// NAME(N)`. liblxc writes none for the status 0.
+/// NAME(N)`. liblxc writes none for the status 0, so a log without such a line means 0, but only if
+/// there is a line at that level at all: the `lxc-start` of LXC 6 comes with a logger of its own
+/// that leaves the file of the configuration empty.
 ///
 /// Only whole lines of exactly this form count: other lines quote text that the container can
 /// influence, such as names.
-fn parse_log(log: &[u8]) -> u32 {
-    log.split(|b| *b == b'\n')
-        .rev()
-        .filter_map(|line| parse_log_line(std::str::from_utf8(line).ok()?))
-        .next()
-        .unwrap_or(0)
+fn parse_log(log: &[u8]) -> Option<u32> {
+    let lines = || log.split(|b| *b == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
+    lines().rev().find_map(parse_log_line).or_else(|| lines().any(is_information).then_some(0))
+}
+
+/// `lxc-start NAME TIME INFO …`
+fn is_information(line: &str) -> bool {
+    line.split_whitespace().nth(3) == Some("INFO")
 }
 
 fn parse_log_line(line: &str) -> Option<u32> {
@@ -204,7 +207,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// By hand: every field is a number or one of three words, and serde_json would double the binary.
+/// By hand: every field is a number or one of four words, and serde_json would double the binary.
 fn render(exit: &Exit, time: u64, oom_kills: u64) -> String {
     format!(
         "{{\"version\":{RECORD_VERSION},\"status\":{},\"time\":{time},\"oom_kills\":{oom_kills},\
@@ -351,13 +354,19 @@ mod tests {
     #[test]
     fn the_log_gives_the_last_status() {
         let log = |lines: &[&str]| parse_log(lines.join("\n").as_bytes());
-        assert_eq!(log(&[]), 0);
-        assert_eq!(log(&[&format!("{HEAD} - Child <12> ended on error (7)")]), 7);
+        assert_eq!(log(&[&format!("{HEAD} - Child <12> ended on error (7)")]), Some(7));
         let signal = format!("{HEAD} - Child <12> ended on signal Killed(9)");
         assert_eq!(
             log(&[&format!("{HEAD} - Child <1> ended on error (3)"), &signal, "x", ""]),
-            137
+            Some(137)
         );
+    }
+
+    #[test]
+    fn only_a_log_that_is_written_says_zero_by_silence() {
+        assert_eq!(parse_log(b""), None);
+        assert_eq!(parse_log(b"lxc-start 70001 20250101000000.000 ERROR    conf - x\n"), None);
+        assert_eq!(parse_log(b"lxc-start 70001 20250101000000.000 INFO     lsm - x\n"), Some(0));
     }
 
     #[test]
@@ -365,7 +374,7 @@ mod tests {
         for (text, status) in [("(2)", 130), ("Interrupt(2)", 130), ("Real-time signal 6(40)", 168)]
         {
             let line = format!("{HEAD} - Child <12> ended on signal {text}");
-            assert_eq!(parse_log(line.as_bytes()), status);
+            assert_eq!(parse_log(line.as_bytes()), Some(status));
         }
     }
 
@@ -389,11 +398,11 @@ mod tests {
             format!("{HEAD} - Child <"),
             "conf.c:run:1 - Executing \"x - Child <1> ended on error (9)\"".to_owned(),
         ] {
-            assert_eq!(parse_log(line.as_bytes()), 0, "{line}");
+            assert!(matches!(parse_log(line.as_bytes()), None | Some(0)), "{line}");
         }
         let mut bytes = vec![0xff, 0xfe, b'\n'];
         bytes.extend_from_slice(format!("{HEAD} - Child <1> ended on error (4)").as_bytes());
-        assert_eq!(parse_log(&bytes), 4);
+        assert_eq!(parse_log(&bytes), Some(4));
     }
 
     #[test]

@@ -273,7 +273,8 @@ mod tests {
 
     fn sessions() -> (Session, Session) {
         let (a, b) = socket::pair().unwrap();
-        nix::fcntl::fcntl(&b, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+        nix::fcntl::fcntl(&b, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+            .unwrap();
         (Session::new(a).unwrap(), Session::new(b).unwrap())
     }
 

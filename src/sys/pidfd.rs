@@ -152,9 +152,13 @@ mod tests {
 
     #[test]
     fn exits_and_signals_are_told_apart_by_both_sources() {
-        for (script, expected) in
-            [("exit 0", 0), ("exit 3", 3), ("exit 255", 255), ("kill -9 $$", 137), ("kill -1 $$", 129)]
-        {
+        for (script, expected) in [
+            ("exit 0", 0),
+            ("exit 3", 3),
+            ("exit 255", 255),
+            ("kill -9 $$", 137),
+            ("kill -1 $$", 129),
+        ] {
             let (fd, _child) = ended(script);
             assert_eq!(reap_blocking(&fd), ExitStatus(expected), "{script}: waitid");
             match exit_info(fd.as_fd()).unwrap() {

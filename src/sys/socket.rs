@@ -46,8 +46,7 @@ pub struct Peer {
 /// # Errors
 /// `EAGAIN` if there is none; `ESRCH` if the peer has already ended.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<Peer> {
-    let fd =
-        accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
     // SAFETY: accept4 has just returned this descriptor to us alone.
     let stream = unsafe { OwnedFd::from_raw_fd(fd) };
     let pid = getsockopt(&stream, sockopt::PeerCredentials)?.pid();
@@ -145,7 +144,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let handle = std::fs::File::open(dir.path()).unwrap();
         let listener = listen_in(handle.as_fd(), "s").unwrap();
-        let client = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+        let client =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
         nix::sys::socket::connect(
             client.as_raw_fd(),
             &UnixAddr::new(&dir.path().join("s")).unwrap(),

@@ -23,12 +23,13 @@ use crate::events::Event;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{exec, init};
 use crate::oci::{self, plan::Resources};
-use crate::sys::pidfd::{self, ExitStatus};
 use crate::sys;
+use crate::sys::pidfd::{self, ExitStatus};
 use crate::task::blocking;
 use crate::task::create::{self, CreateRequest, RunningCt};
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
 use crate::task::{Environment, hooks, teardown};
@@ -70,6 +71,12 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Of a container without an actor.
+    #[cfg(test)]
+    pub(crate) fn for_test(view: watch::Receiver<View>) -> Self {
+        Self { commands: mpsc::channel(1).0, view, bundle: PathBuf::new() }
+    }
+
     /// Has the actor carry out a command and awaits its answer.
     ///
     /// # Errors
@@ -83,7 +90,11 @@ impl Handle {
 
 /// Starts the actor, which begins to create the container at once. The answer is the host's pid of
 /// the container's init.
-pub fn spawn(env: Arc<Environment>, request: CreateRequest) -> (Handle, oneshot::Receiver<Result<u32>>) {
+pub fn spawn(
+    env: Arc<Environment>,
+    request: CreateRequest,
+    registration: Registration,
+) -> (Handle, oneshot::Receiver<Result<u32>>) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let (view, viewer) = watch::channel(View::default());
     let (created, answer) = oneshot::channel();
@@ -97,10 +108,12 @@ pub fn spawn(env: Arc<Environment>, request: CreateRequest) -> (Handle, oneshot:
         processes: BTreeMap::new(),
         paused: false,
         freezing: false,
+        killed: false,
         oom_kills: 0,
         jobs: JoinSet::new(),
         view,
         given_up: Vec::new(),
+        registration: Some(registration),
     };
     tokio::spawn(actor.run(inbox, created));
     (handle, answer)
@@ -156,22 +169,27 @@ struct Actor {
     paused: bool,
     /// A pause or resume is under way.
     freezing: bool,
+    /// The init process was sent SIGKILL.
+    killed: bool,
     /// OOM kills that were published.
     oom_kills: u64,
     jobs: JoinSet<Done>,
     view: watch::Sender<View>,
     /// Deletes that arrived while the container was being created.
     given_up: Vec<Reply<Ended>>,
+    /// Given back before the last answer: who has it may use the id again.
+    registration: Option<Registration>,
 }
 
 impl Actor {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, created: Reply<u32>) {
-        self.processes.insert(INIT.to_owned(), Process::new(Phase::Creating, self.request.stdio.clone()));
+        self.processes
+            .insert(INIT.to_owned(), Process::new(Phase::Creating, self.request.stdio.clone()));
         self.publish_view();
         let creating = create::create(self.env.clone(), self.request.clone(), self.cancel.clone());
-        self.job(async move {
-            Done::Created { result: creating.await.map(Box::new), reply: created }
-        });
+        self.job(
+            async move { Done::Created { result: creating.await.map(Box::new), reply: created } },
+        );
         loop {
             tokio::select! {
                 command = inbox.recv() => match command {
@@ -200,10 +218,9 @@ impl Actor {
     }
 
     fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
-        self.processes.get_mut(exec_id).ok_or_else(|| Error::ExecNotFound {
-            id: self.id.clone(),
-            exec_id: exec_id.to_owned(),
-        })
+        self.processes
+            .get_mut(exec_id)
+            .ok_or_else(|| Error::ExecNotFound { id: self.id.clone(), exec_id: exec_id.to_owned() })
     }
 
     fn advance(&mut self, exec_id: &str, to: Phase) -> Result<()> {
@@ -231,6 +248,8 @@ impl Actor {
     fn publish_view(&self) {
         self.view.send_modify(|view| {
             view.paused = self.paused;
+            view.leaving = self.cancel.is_cancelled()
+                || matches!(self.phase(INIT), Some(Phase::Deleting | Phase::Deleted));
             view.cgroup = self.ct.as_ref().map(|ct| ct.cgroup.clone());
             view.processes =
                 self.processes.iter().map(|(id, process)| (id.clone(), process.view())).collect();
@@ -244,7 +263,9 @@ impl Actor {
             Command::Exec { exec_id, stdio, spec, reply } => {
                 answer(reply, self.add_exec(exec_id, stdio, &spec));
             }
-            Command::Kill { exec_id, signal, all, reply } => self.kill(&exec_id, signal, all, reply),
+            Command::Kill { exec_id, signal, all, reply } => {
+                self.kill(&exec_id, signal, all, reply)
+            }
             Command::CloseIo { exec_id, reply } => answer(reply, self.close_io(&exec_id)),
             Command::Resize { exec_id, width, height, reply } => {
                 answer(reply, self.resize(&exec_id, width, height));
@@ -270,21 +291,20 @@ impl Actor {
         let mut view = self.view.subscribe();
         self.job(async move {
             let result = async {
-                if let Err(error) = session.go().await {
-                    // It ends by itself. A delete may follow this answer at once, and must find
-                    // it ended.
-                    let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
-                    let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
-                    return Err(error.into());
-                }
-                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running"))
-                    .await
-                    .inspect_err(|_| {
-                        let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
-                    })?;
+                session.go().await?;
+                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running")).await?;
                 Ok(())
             }
             .await;
+            if let Err(error) = &result {
+                // After a refusal it ends by itself, with a status of its own.
+                if !matches!(error, Error::Init(init::Error::Refused(_))) {
+                    let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
+                }
+                // A delete may follow this answer at once, and must find it ended.
+                let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
+                let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
+            }
             Done::Started { result, reply }
         });
     }
@@ -360,15 +380,23 @@ impl Actor {
             return;
         }
         answer(reply, signal_one(&pidfd, signal));
-        // The freezer of cgroup v1 keeps a killed process from dying.
-        if self.paused && exec_id == INIT && signal == libc::SIGKILL {
-            self.job(async move {
-                if let Err(error) = ct.cgroup.thaw().await {
-                    log::warn!("thaw after a kill: {error}");
-                }
-                Done::Nothing
-            });
+        if exec_id == INIT && signal == libc::SIGKILL {
+            self.killed = true;
+            // One that is just being frozen is thawed when that is done: the two would fight.
+            if self.paused && !self.freezing {
+                self.thaw_killed(ct);
+            }
         }
+    }
+
+    /// The freezer of cgroup v1 keeps a killed process from dying.
+    fn thaw_killed(&mut self, ct: Arc<RunningCt>) {
+        self.job(async move {
+            if let Err(error) = ct.cgroup.thaw().await {
+                log::warn!("thaw after a kill: {error}");
+            }
+            Done::Nothing
+        });
     }
 
     fn close_io(&mut self, exec_id: &str) -> Result<()> {
@@ -419,9 +447,8 @@ impl Actor {
         });
         match begin {
             Err(error) => answer(reply, Err(error)),
-            Ok((ct, resources)) => self.job(async move {
-                Done::Updated { result: update(&ct, resources).await, reply }
-            }),
+            Ok((ct, resources)) => self
+                .job(async move { Done::Updated { result: update(&ct, resources).await, reply } }),
         }
     }
 
@@ -471,6 +498,7 @@ impl Actor {
             Done::Created { result: Err(error), reply } => {
                 let _ = self.advance(INIT, Phase::Deleted);
                 self.publish_view();
+                self.registration = None;
                 for reply in self.given_up.drain(..) {
                     answer(reply, Ok(killed()));
                 }
@@ -502,7 +530,8 @@ impl Actor {
             }
             Done::Paused { result, freeze, reply } => {
                 self.freezing = false;
-                if result.is_ok() {
+                // It may have ended meanwhile, and nothing of the kind may be told after its exit.
+                let result = self.live().and_then(|ct| result.map(|()| ct)).map(|ct| {
                     self.paused = freeze;
                     let container_id = self.id.clone();
                     self.event(if freeze {
@@ -510,7 +539,10 @@ impl Actor {
                     } else {
                         Event::Resumed { container_id }
                     });
-                }
+                    if freeze && self.killed {
+                        self.thaw_killed(ct);
+                    }
+                });
                 self.publish_view();
                 answer(reply, result);
             }
@@ -671,11 +703,12 @@ impl Actor {
             return answer(reply, Err(error));
         }
         let _ = self.advance(INIT, Phase::Deleted);
-        let ended = self
-            .processes
-            .get(INIT)
-            .and_then(|p| p.exit.map(|exit| Ended { pid: p.pid, exit }))
-            .unwrap_or_else(killed);
+        let mut ended = killed();
+        if let Some(process) = self.processes.get_mut(INIT) {
+            // For those who still wait: a task that was never started has ended with its delete.
+            let exit = *process.exit.get_or_insert(ended.exit);
+            ended = Ended { pid: process.pid, exit };
+        }
         self.event(Event::Delete {
             container_id: self.id.clone(),
             id: INIT.to_owned(),
@@ -684,6 +717,7 @@ impl Actor {
             exited_at: ended.exit.at,
         });
         self.publish_view();
+        self.registration = None;
         answer(reply, Ok(ended));
     }
 }
@@ -752,7 +786,7 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     blocking(move || {
         for pid in cgroup.pids()? {
             // One that has ended meanwhile does not matter.
-            if let Ok(process) = pidfd::open(pid.cast_signed()) {
+            if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);
             }
         }
@@ -798,8 +832,7 @@ async fn run_exec(
         (kind, files, init)
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
-    let entry =
-        exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
+    let entry = exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
     let spawned = exec::spawn(&env.init, &setup, entry).await?;
     let executed = match spawned.ready().await {
         Ok(master) => {
@@ -810,15 +843,12 @@ async fn run_exec(
         }
         Err(error) => Err((error, spawned.into_pidfd())),
     };
-    let watch = |pidfd| {
-        sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source })
-    };
+    let watch =
+        |pidfd| sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source });
     match executed {
-        Ok((pid, pidfd)) => Ok(StartedExec {
-            pid: pid.unsigned_abs(),
-            pidfd: Arc::new(watch(pidfd)?),
-            stdio,
-        }),
+        Ok((pid, pidfd)) => {
+            Ok(StartedExec { pid: pid.unsigned_abs(), pidfd: Arc::new(watch(pidfd)?), stdio })
+        }
         Err((error, pidfd)) => {
             // It ends by itself and is our child.
             let pidfd = watch(pidfd)?;

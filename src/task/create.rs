@@ -11,10 +11,10 @@ use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Vmid};
-use crate::ledger::{ProcessId, Record, RunDir, Stat};
+use crate::ledger::{self, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
-use crate::lxc::detached::DetachedMount;
 use crate::lxc::config::CgroupVersion;
+use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
@@ -83,17 +83,24 @@ pub async fn create(
 ) -> Result<Created> {
     let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
     // Not undone: what exists under this name belongs to another container.
-    {
+    let make = || {
         let dir = dir.clone();
-        blocking(move || Ok(dir.create()?)).await?;
-    }
-    let mut building = Building {
-        record: Record::new(request.bundle.clone()),
-        dir,
-        env,
-        request,
-        cancel,
+        blocking(move || Ok(dir.create()?))
     };
+    match make().await {
+        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
+            let limit = request.config.proxmox.task_timeout;
+            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit)
+                .await?
+            {
+                return Err(exists);
+            }
+            make().await?;
+        }
+        result => result?,
+    }
+    let mut building =
+        Building { record: Record::new(request.bundle.clone()), dir, env, request, cancel };
     match building.build().await {
         Ok(created) => Ok(created),
         Err(error) => {
@@ -143,6 +150,7 @@ impl Building {
 
         let pid = connected.pid;
         self.record.hooks_ran = plan.hooks != Hooks::default();
+        self.record.shares_pids = plan.namespaces.pid != Namespace::New;
         self.record.init = Some(ProcessId::of(pid)?);
         self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
         self.save().await?;
@@ -170,7 +178,10 @@ impl Building {
             config: request.config.clone(),
             host: self.env.host.clone(),
             pid,
-            pidfd: Arc::new(sys::watch(connected.pidfd).map_err(|source| Error::Io { action: "watch the CT's init", source })?),
+            pidfd: Arc::new(
+                sys::watch(connected.pidfd)
+                    .map_err(|source| Error::Io { action: "watch the CT's init", source })?,
+            ),
             cgroup: Arc::new(cgroup),
             exec_namespaces: namespaces,
             oom: tokio::sync::Mutex::new(oom),
@@ -178,9 +189,8 @@ impl Building {
         };
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
         let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
-        let terminal = self
-            .or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts))
-            .await??;
+        let terminal =
+            self.or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts)).await??;
         if let Some(master) = terminal {
             stdio.attach_terminal(master)?;
         }
@@ -206,38 +216,49 @@ impl Building {
         let config = self.request.config.clone();
         let (namespace, id) = (self.env.namespace.clone(), self.request.id.clone());
         let (dir, mut record, plan) = (self.dir.clone(), self.record.clone(), plan.clone());
-        let (identity, record) = blocking(move || {
-            let (install_id, boot_id) =
-                (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
-            let range = config.ct.vmid_range;
-            for _ in 0..range.len() {
-                let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
-                let identity = Identity {
-                    install_id,
-                    vmid,
-                    namespace: namespace.clone(),
-                    container_id: id.clone(),
-                    nonce: Id128::random()
-                        .map_err(|source| Error::Io { action: "get random bytes", source })?,
-                    boot_id,
-                };
-                record.identity = Some(identity.to_string());
-                record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
-                dir.save(&record)?;
-                let text = describe::ct(&config, &plan, &identity, &dir)
-                    .render()
-                    .map_err(ClaimError::from)?;
-                match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
-                    Ok(_) => return Ok((identity, record)),
-                    Err(ClaimError::Exists { .. }) => {}
-                    Err(error) => return Err(error.into()),
+        let (record, claimed) = blocking(move || {
+            let mut claim = || {
+                let (install_id, boot_id) =
+                    (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
+                let range = config.ct.vmid_range;
+                for _ in 0..range.len() {
+                    let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
+                    let identity = Identity {
+                        install_id,
+                        vmid,
+                        namespace: namespace.clone(),
+                        container_id: id.clone(),
+                        nonce: Id128::random()
+                            .map_err(|source| Error::Io { action: "get random bytes", source })?,
+                        boot_id,
+                    };
+                    record.identity = Some(identity.to_string());
+                    record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
+                    dir.save(&record)?;
+                    let text = describe::ct(&config, &plan, &identity, &dir)
+                        .render()
+                        .map_err(ClaimError::from)?;
+                    match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
+                        Ok(_) => return Ok(identity),
+                        // Nothing was written, so nothing needs to be undone.
+                        Err(error) if !error.may_have_written() => {
+                            (record.identity, record.cgroups) = (None, Vec::new());
+                            match error {
+                                ClaimError::Exists { .. } => {}
+                                error => return Err(error.into()),
+                            }
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
                 }
-            }
-            Err(ClaimError::RangeFull { range }.into())
+                Err(ClaimError::RangeFull { range }.into())
+            };
+            let claimed = claim();
+            Ok((record, claimed))
         })
         .await?;
         self.record = record;
-        Ok(identity)
+        claimed
     }
 
     /// Everything that lxc-start will read.

@@ -20,6 +20,7 @@ pub mod describe;
 pub mod error;
 pub mod hooks;
 pub mod phase;
+pub mod registry;
 pub mod service;
 pub mod stdio;
 pub mod teardown;
@@ -54,8 +55,8 @@ impl Environment {
         let init_path = config.init_path()?;
         let path = init_path.clone();
         let local = blocking(move || {
-            let host = Host::probe()
-                .map_err(|source| Error::Io { action: "look at the host", source })?;
+            let host =
+                Host::probe().map_err(|source| Error::Io { action: "look at the host", source })?;
             Ok((host, detached::read_only_file(&path)?))
         });
         let (checked, local) = tokio::join!(checked, local);

@@ -1,8 +1,7 @@
 //! The ttrpc edge: protobuf in, protobuf out, and nothing else.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -11,7 +10,6 @@ use containerd_shim_protos::protobuf::well_known_types::{any::Any, timestamp::Ti
 use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::types::task::{ProcessInfo, Status};
-use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::config::{Config, ConfigError, RuntimeOptions};
@@ -24,43 +22,50 @@ use crate::task::container::{self, Command, Handle};
 use crate::task::create::CreateRequest;
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registry;
 use crate::task::stdio::StdioRequest;
+use crate::task::teardown;
 use crate::task::view::{INIT, ProcessView, View};
 
 /// The Task service of one shim.
 pub struct Service {
     env: Arc<Environment>,
-    containers: Mutex<HashMap<String, Handle>>,
-    finished: CancellationToken,
+    containers: Arc<Registry>,
 }
 
 impl Service {
     #[must_use]
     pub fn new(env: Environment) -> Arc<Self> {
-        Arc::new(Self {
-            env: Arc::new(env),
-            containers: Mutex::default(),
-            finished: CancellationToken::new(),
-        })
+        Arc::new(Self { env: Arc::new(env), containers: Arc::default() })
     }
 
     /// Resolves when containerd has asked the shim to end and no task is left.
     pub async fn finished(&self) {
-        self.finished.cancelled().await;
+        self.containers.finished().await;
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
-        // Nothing panics while it holds the lock.
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Removes what dead shims left behind on this node.
+    pub fn sweep(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let env = self.env.clone();
+        async move { teardown::sweep(&env.config, &env.pve).await }
     }
 
     fn handle(&self, id: &str) -> Result<Handle> {
-        self.containers().get(id).cloned().ok_or_else(|| Error::NotFound { id: id.to_owned() })
+        self.containers.get(id)
     }
 
     async fn create(&self, request: api::CreateTaskRequest) -> Result<u32> {
         if !request.checkpoint.is_empty() {
-            return Err(Error::Unimplemented("checkpoint: restoring from a checkpoint is not supported"));
+            return Err(Error::Unimplemented(
+                "checkpoint: restoring from a checkpoint is not supported",
+            ));
+        }
+        // It names a directory that is removed later. containerd's own rule is stricter.
+        if matches!(request.id.as_str(), "" | "." | "..") || request.id.contains(['/', '\0']) {
+            return Err(Error::Argument {
+                field: "id",
+                reason: format!("{:?} is no name", request.id),
+            });
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
         let id = request.id.clone();
@@ -77,27 +82,17 @@ impl Service {
             config,
             pve,
         };
-        let created = {
-            let mut containers = self.containers();
-            if containers.contains_key(&id) {
-                return Err(Error::Exists { what: "container", id });
-            }
-            let (handle, created) = container::spawn(self.env.clone(), create);
-            containers.insert(id.clone(), handle);
-            created
-        };
-        match created.await {
-            Ok(Ok(pid)) => Ok(pid),
-            Ok(Err(error)) => {
-                self.containers().remove(&id);
-                Err(error)
-            }
-            Err(_) => Err(Error::ShuttingDown),
-        }
+        let created = self
+            .containers
+            .add(&id, |registration| container::spawn(self.env.clone(), create, registration))?;
+        created.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
     /// The shim's configuration, or the one that the request's options name.
-    async fn configuration(&self, options: Option<&Any>) -> Result<(Arc<Config>, Arc<pve::Client>)> {
+    async fn configuration(
+        &self,
+        options: Option<&Any>,
+    ) -> Result<(Arc<Config>, Arc<pve::Client>)> {
         // Only options that name a configuration change anything: a foreign type was warned of at
         // the start.
         let own = options
@@ -123,9 +118,10 @@ impl Service {
             .wait_for(|view| view.process(exec_id).is_none_or(|process| process.exit.is_some()))
             .await
             .map_err(|_| Error::NotFound { id: id.to_owned() })?;
-        ended.process(exec_id).and_then(|process| process.exit).ok_or_else(|| {
-            Error::ExecNotFound { id: id.to_owned(), exec_id: exec_id.to_owned() }
-        })
+        ended
+            .process(exec_id)
+            .and_then(|process| process.exit)
+            .ok_or_else(|| Error::ExecNotFound { id: id.to_owned(), exec_id: exec_id.to_owned() })
     }
 
     fn state(&self, id: &str, exec_id: &str) -> Result<api::StateResponse> {
@@ -156,23 +152,19 @@ impl Service {
 
     async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>> {
         let view = self.handle(id)?.view.borrow().clone();
-        let cgroup = view.cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = view.cgroup.clone().ok_or_else(|| not_created(id))?;
         let pids = blocking(move || Ok(cgroup.pids()?)).await?;
         Ok(pids.into_iter().map(|pid| process_info(pid, &view)).collect())
     }
 
     async fn stats(&self, id: &str) -> Result<Any> {
-        let cgroup = self.handle(id)?.view.borrow().cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = self.handle(id)?.view.borrow().cgroup.clone();
+        let cgroup = cgroup.ok_or_else(|| not_created(id))?;
         blocking(move || Ok(cgroup.metrics()?)).await
     }
 
     async fn delete(&self, id: &str, exec_id: String) -> Result<container::Ended> {
-        let of_init = exec_id == INIT;
-        let ended = self.handle(id)?.ask(|reply| Command::Delete { exec_id, reply }).await?;
-        if of_init {
-            self.containers().remove(id);
-        }
-        Ok(ended)
+        self.handle(id)?.ask(|reply| Command::Delete { exec_id, reply }).await
     }
 }
 
@@ -187,7 +179,11 @@ fn reply<T>(method: &'static str, id: &str, result: Result<T>) -> ttrpc::Result<
 
 #[async_trait]
 impl Task for Service {
-    async fn state(&self, _: &TtrpcContext, r: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
+    async fn state(
+        &self,
+        _: &TtrpcContext,
+        r: api::StateRequest,
+    ) -> ttrpc::Result<api::StateResponse> {
         reply("State", &r.id, Self::state(self, &r.id, &r.exec_id))
     }
 
@@ -201,7 +197,11 @@ impl Task for Service {
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
-    async fn start(&self, _: &TtrpcContext, r: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        r: api::StartRequest,
+    ) -> ttrpc::Result<api::StartResponse> {
         let pid = async {
             self.handle(&r.id)?.ask(|reply| Command::Start { exec_id: r.exec_id, reply }).await
         };
@@ -209,7 +209,11 @@ impl Task for Service {
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
-    async fn delete(&self, _: &TtrpcContext, r: api::DeleteRequest) -> ttrpc::Result<api::DeleteResponse> {
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        r: api::DeleteRequest,
+    ) -> ttrpc::Result<api::DeleteResponse> {
         let ended = reply("Delete", &r.id, Self::delete(self, &r.id, r.exec_id).await)?;
         Ok(api::DeleteResponse {
             pid: ended.pid,
@@ -219,7 +223,11 @@ impl Task for Service {
         })
     }
 
-    async fn pids(&self, _: &TtrpcContext, r: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
+    async fn pids(
+        &self,
+        _: &TtrpcContext,
+        r: api::PidsRequest,
+    ) -> ttrpc::Result<api::PidsResponse> {
         let processes = reply("Pids", &r.id, Self::pids(self, &r.id).await)?;
         Ok(api::PidsResponse { processes, ..Default::default() })
     }
@@ -239,7 +247,8 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let refused = Error::Unimplemented("checkpoint is not supported: a CT can't be checkpointed");
+        let refused =
+            Error::Unimplemented("checkpoint is not supported: a CT can't be checkpointed");
         empty(reply("Checkpoint", &r.id, Err(refused)))
     }
 
@@ -256,7 +265,11 @@ impl Task for Service {
         empty(reply("Kill", &r.id, done.await))
     }
 
-    async fn exec(&self, _: &TtrpcContext, r: api::ExecProcessRequest) -> ttrpc::Result<api::Empty> {
+    async fn exec(
+        &self,
+        _: &TtrpcContext,
+        r: api::ExecProcessRequest,
+    ) -> ttrpc::Result<api::Empty> {
         let done = async {
             if r.exec_id.is_empty() {
                 return Err(Error::Argument { field: "exec_id", reason: "is empty".to_owned() });
@@ -275,7 +288,11 @@ impl Task for Service {
         empty(reply("Exec", &r.id, done.await))
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, r: api::ResizePtyRequest) -> ttrpc::Result<api::Empty> {
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        r: api::ResizePtyRequest,
+    ) -> ttrpc::Result<api::Empty> {
         let done = async {
             let (width, height) = (r.width, r.height);
             self.handle(&r.id)?
@@ -285,7 +302,11 @@ impl Task for Service {
         empty(reply("ResizePty", &r.id, done.await))
     }
 
-    async fn close_io(&self, _: &TtrpcContext, r: api::CloseIORequest) -> ttrpc::Result<api::Empty> {
+    async fn close_io(
+        &self,
+        _: &TtrpcContext,
+        r: api::CloseIORequest,
+    ) -> ttrpc::Result<api::Empty> {
         let done = async {
             let handle = self.handle(&r.id)?;
             if !r.stdin {
@@ -296,7 +317,11 @@ impl Task for Service {
         empty(reply("CloseIO", &r.id, done.await))
     }
 
-    async fn update(&self, _: &TtrpcContext, r: api::UpdateTaskRequest) -> ttrpc::Result<api::Empty> {
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        r: api::UpdateTaskRequest,
+    ) -> ttrpc::Result<api::Empty> {
         let done = async {
             let resources = r.resources.into_option().map(|any| any.value).unwrap_or_default();
             self.handle(&r.id)?.ask(|reply| Command::Update { resources, reply }).await
@@ -304,7 +329,11 @@ impl Task for Service {
         empty(reply("Update", &r.id, done.await))
     }
 
-    async fn wait(&self, _: &TtrpcContext, r: api::WaitRequest) -> ttrpc::Result<api::WaitResponse> {
+    async fn wait(
+        &self,
+        _: &TtrpcContext,
+        r: api::WaitRequest,
+    ) -> ttrpc::Result<api::WaitResponse> {
         let exit = reply("Wait", &r.id, Self::wait(self, &r.id, &r.exec_id).await)?;
         Ok(api::WaitResponse {
             exit_status: exit.status.0,
@@ -313,12 +342,20 @@ impl Task for Service {
         })
     }
 
-    async fn stats(&self, _: &TtrpcContext, r: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        r: api::StatsRequest,
+    ) -> ttrpc::Result<api::StatsResponse> {
         let stats = reply("Stats", &r.id, Self::stats(self, &r.id).await)?;
         Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
-    async fn connect(&self, _: &TtrpcContext, r: api::ConnectRequest) -> ttrpc::Result<api::ConnectResponse> {
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        r: api::ConnectRequest,
+    ) -> ttrpc::Result<api::ConnectResponse> {
         // containerd asks before the first create, too.
         let task_pid = self
             .handle(&r.id)
@@ -328,13 +365,18 @@ impl Task for Service {
         Ok(api::ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<api::Empty> {
-        // A shim with tasks stays: ending now would leave CTs that nobody watches.
-        if self.containers().is_empty() {
-            self.finished.cancel();
-        }
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: api::ShutdownRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.containers.shut_down();
         Ok(api::Empty::new())
     }
+}
+
+fn not_created(id: &str) -> Error {
+    Error::Precondition { id: id.to_owned(), reason: "is not created yet" }
 }
 
 fn empty(result: ttrpc::Result<()>) -> ttrpc::Result<api::Empty> {

@@ -53,7 +53,14 @@ struct Received {
 pub struct EventServer {
     path: PathBuf,
     received: Arc<Received>,
-    listener: Option<(Arc<AtomicBool>, Arc<Mutex<Vec<UnixStream>>>)>,
+    listener: Option<Listener>,
+}
+
+/// The accepting thread's side: told to stop, and which connections to break.
+#[derive(Default, Clone)]
+struct Listener {
+    stop: Arc<AtomicBool>,
+    connections: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl EventServer {
@@ -70,12 +77,13 @@ impl EventServer {
 
     /// Refuses connections and breaks those that exist.
     pub fn pause(&mut self) {
-        if let Some((stop, connections)) = self.listener.take() {
-            stop.store(true, Ordering::SeqCst);
+        if let Some(listener) = self.listener.take() {
+            listener.stop.store(true, Ordering::SeqCst);
             // Wakes the accepting thread.
             let _ = UnixStream::connect(&self.path);
             let _ = fs::remove_file(&self.path);
-            for connection in connections.lock().expect("no panic under this lock").drain(..) {
+            let mut connections = listener.connections.lock().expect("no panic under this lock");
+            for connection in connections.drain(..) {
                 let _ = connection.shutdown(Shutdown::Both);
             }
         }
@@ -84,17 +92,16 @@ impl EventServer {
     pub fn resume(&mut self) {
         let _ = fs::remove_file(&self.path);
         let socket = UnixListener::bind(&self.path).expect("bind the event socket");
-        let stop = Arc::new(AtomicBool::new(false));
-        let connections = Arc::new(Mutex::new(Vec::new()));
-        self.listener = Some((stop.clone(), connections.clone()));
+        let listener = Listener::default();
+        self.listener = Some(listener.clone());
         let received = self.received.clone();
         std::thread::spawn(move || {
             for connection in socket.incoming().map_while(Result::ok) {
-                if stop.load(Ordering::SeqCst) {
+                if listener.stop.load(Ordering::SeqCst) {
                     return;
                 }
                 let copy = connection.try_clone().expect("clone the connection");
-                connections.lock().expect("no panic under this lock").push(copy);
+                listener.connections.lock().expect("no panic under this lock").push(copy);
                 let received = received.clone();
                 std::thread::spawn(move || while serve_one(&connection, &received).is_some() {});
             }
@@ -222,18 +229,8 @@ impl<'a> Driver<'a> {
             fs::create_dir_all(bundle.join(name)).expect("create the bundle");
         }
         fs::write(bundle.join("config.json"), spec.to_string()).expect("write config.json");
-        sys::mkfifo(&bundle.join("log"));
-        // Opened for both directions: the shim's open never blocks and it never sees EPIPE.
-        let mut log = File::options()
-            .read(true)
-            .write(true)
-            .open(bundle.join("log"))
-            .expect("open the log FIFO");
-        let copy = self.node.root.join(format!("{id}.shim.log"));
-        std::thread::spawn(move || {
-            let mut out = File::create(copy).expect("create the log's copy");
-            let _ = std::io::copy(&mut log, &mut out);
-        });
+        let log =
+            self.drain_log(&bundle.join("log"), &self.node.root.join(format!("{id}.shim.log")));
         let namespace = &self.node.namespace;
         let address = self.directory.join("c.sock").display().to_string();
         let mut command = Command::new(self.node.setting.shim_binary(&self.runtime));
@@ -258,11 +255,31 @@ impl<'a> Driver<'a> {
             id: id.to_owned(),
             bundle,
             address,
+            patience: Duration::from_secs(60),
             client,
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),
             lower: self.node.root.join("rootfs"),
+            _log: log,
         }
+    }
+
+    /// Makes the log FIFO and copies what comes through it, until the returned end and the shim's
+    /// are closed. Holding an end of our own keeps the reader from seeing an early end of file.
+    fn drain_log(&self, fifo: &Path, copy: &Path) -> Arc<File> {
+        use std::os::unix::fs::OpenOptionsExt;
+        sys::mkfifo(fifo);
+        // Without a writer yet, only a non-blocking open returns.
+        let mut reader = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(fifo)
+            .expect("open the log FIFO");
+        let writer = File::options().write(true).open(fifo).expect("open the log FIFO");
+        sys::set_blocking(&reader);
+        let mut out = File::create(copy).expect("create the log's copy");
+        std::thread::spawn(move || std::io::copy(&mut reader, &mut out));
+        Arc::new(writer)
     }
 
     /// Runs `delete`, as containerd does when the shim is dead; its reply.
@@ -304,9 +321,12 @@ pub struct Shim {
     pub bundle: PathBuf,
     pub address: String,
     pub service: &'static str,
+    /// The deadline of each call.
+    pub patience: Duration,
     client: Client,
     options: Any,
     lower: PathBuf,
+    _log: Arc<File>,
 }
 
 /// The gRPC code and message of a refused call.
@@ -327,7 +347,7 @@ impl Shim {
         request.service = self.service.to_owned();
         request.method = method.to_owned();
         request.payload = message.write_to_bytes().expect("encode the request");
-        request.timeout_nano = 60_000_000_000;
+        request.timeout_nano = self.patience.as_nanos().try_into().unwrap_or(i64::MAX);
         match self.client.request(request) {
             Ok(response) => Ok(Res::parse_from_bytes(&response.payload).expect("decode the reply")),
             Err(ttrpc::Error::RpcStatus(status)) => {

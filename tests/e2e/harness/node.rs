@@ -366,11 +366,16 @@ impl Node {
 
     /// The flags that select the runtime under test for `ctr run` and `ctr containers create`.
     pub fn runtime_flags(&self) -> Vec<String> {
-        let mut flags = vec!["--runtime".to_owned(), self.setting.runtime.clone()];
-        if self.setting.is_proxmox() {
-            flags.extend(["--runtime-config-path".to_owned(), self.path_text("shim.toml")]);
-        } else {
+        self.flags_for(&self.setting.runtime)
+    }
+
+    /// The same for any runtime.
+    pub fn flags_for(&self, runtime: &str) -> Vec<String> {
+        let mut flags = vec!["--runtime".to_owned(), runtime.to_owned()];
+        if runtime.contains("runc") {
             flags.extend(["--runc-root".to_owned(), self.path_text("runc")]);
+        } else {
+            flags.extend(["--runtime-config-path".to_owned(), self.path_text("shim.toml")]);
         }
         flags
     }

@@ -265,9 +265,9 @@ fn collect_directories(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
     found.push(directory.to_path_buf());
 }
 
-/// The value of a cgroup file for a process. In a cgroup2 hierarchy the process may be in a leaf
-/// below the cgroup that carries the limits: the nearest ancestor that sets something counts.
-pub fn cgroup_value(pid: u32, controller: &str, v1: &str, v2: &str) -> String {
+/// The value of a file in a container's cgroup: the nearest of the process's own cgroup and its
+/// ancestors that is named after the container. The process itself may be in a leaf below it.
+pub fn cgroup_value(pid: u32, id: &str, controller: &str, v1: &str, v2: &str) -> String {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let path_of = |wanted: &str| {
         groups.lines().find_map(|line| {
@@ -276,22 +276,14 @@ pub fn cgroup_value(pid: u32, controller: &str, v1: &str, v2: &str) -> String {
             names.split(',').any(|name| name == wanted).then(|| parts.next()).flatten()
         })
     };
-    let read = |path: &Path| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
-    if let Some(path) = path_of(controller) {
-        let file = Path::new("/sys/fs/cgroup").join(controller).join(&path[1..]).join(v1);
-        return read(&file).unwrap_or_else(|| panic!("no {}", file.display()));
-    }
-    let path = path_of("").unwrap_or_else(|| panic!("process {pid} has no cgroup: {groups:?}"));
-    let mut directory = Path::new("/sys/fs/cgroup").join(&path[1..]);
-    let mut last = "max".to_owned();
-    while directory != Path::new("/sys/fs/cgroup") {
-        if let Some(value) = read(&directory.join(v2)) {
-            if !value.starts_with("max") {
-                return value;
-            }
-            last = value;
-        }
-        directory.pop();
-    }
-    last
+    let (hierarchy, path, name) = match (path_of(controller), path_of("")) {
+        (Some(path), _) => (Path::new("/sys/fs/cgroup").join(controller), path, v1),
+        (None, Some(path)) => (Path::new("/sys/fs/cgroup").to_path_buf(), path, v2),
+        (None, None) => panic!("process {pid} has no cgroup: {groups:?}"),
+    };
+    let named = Path::new(path).ancestors().find(|path| path.ends_with(id));
+    let named = named.unwrap_or_else(|| panic!("the cgroup {path} is not named after {id}"));
+    let file = hierarchy.join(named.strip_prefix("/").unwrap_or(named)).join(name);
+    let text = fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    text.trim().to_owned()
 }

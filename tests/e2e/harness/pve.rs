@@ -144,7 +144,7 @@ impl Pve {
     pub fn vmid_of(&self, container: &str) -> Option<u32> {
         self.configurations()
             .into_iter()
-            .find(|(_, text)| text.contains(container))
+            .find(|(_, text)| text.contains(&format!(" id={container} ")))
             .map(|(vmid, _)| vmid)
     }
 }

@@ -58,6 +58,13 @@ pub fn mkfifo(path: &Path) {
     assert_eq!(rc, 0, "mkfifo {}: {}", path.display(), std::io::Error::last_os_error());
 }
 
+/// Clears `O_NONBLOCK` and all other status flags.
+pub fn set_blocking(fd: impl AsFd) {
+    // SAFETY: F_SETFL on a descriptor that is open for the call.
+    let rc = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, 0) };
+    assert_eq!(rc, 0, "F_SETFL");
+}
+
 /// A pseudo-terminal of the given size: the master and the slave.
 pub fn openpty(rows: u16, columns: u16) -> (OwnedFd, OwnedFd) {
     let (mut master, mut slave) = (-1, -1);

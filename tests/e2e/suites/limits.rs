@@ -28,7 +28,7 @@ cases!("limits":
 const MIB: u64 = 1 << 20;
 
 fn memory_limit(t: &Test, id: &str) -> String {
-    cgroup_value(t.pid(id), "memory", "memory.limit_in_bytes", "memory.max")
+    cgroup_value(t.pid(id), id, "memory", "memory.limit_in_bytes", "memory.max")
 }
 
 fn memory_limit_is_in_the_cgroup(t: &Test) {
@@ -38,24 +38,24 @@ fn memory_limit_is_in_the_cgroup(t: &Test) {
 }
 
 /// Quota and period in microseconds.
-fn cpu_quota(pid: u32) -> (String, String) {
-    let v2 = cgroup_value(pid, "cpu", "cpu.cfs_quota_us", "cpu.max");
+fn cpu_quota(pid: u32, id: &str) -> (String, String) {
+    let v2 = cgroup_value(pid, id, "cpu", "cpu.cfs_quota_us", "cpu.max");
     match v2.split_once(' ') {
         Some((quota, period)) => (quota.to_owned(), period.to_owned()),
-        None => (v2, cgroup_value(pid, "cpu", "cpu.cfs_period_us", "cpu.max")),
+        None => (v2, cgroup_value(pid, id, "cpu", "cpu.cfs_period_us", "cpu.max")),
     }
 }
 
 fn cpu_limit_is_in_the_cgroup(t: &Test) {
     let id = t.id("a");
     t.start_idle(&["--cpus", "0.5"], &id);
-    assert_eq!(cpu_quota(t.pid(&id)), ("50000".to_owned(), "100000".to_owned()));
+    assert_eq!(cpu_quota(t.pid(&id), &id), ("50000".to_owned(), "100000".to_owned()));
 }
 
 fn cpu_shares_are_in_the_cgroup(t: &Test) {
     let id = t.id("a");
     t.start_idle(&["--cpu-shares", "512"], &id);
-    let value = cgroup_value(t.pid(&id), "cpu", "cpu.shares", "cpu.weight");
+    let value = cgroup_value(t.pid(&id), &id, "cpu", "cpu.shares", "cpu.weight");
     // runtime-spec's conversion of 512 shares, and the one newer runtimes use.
     assert!(["512", "20", "59"].contains(&value.as_str()), "{value}");
 }
@@ -97,11 +97,11 @@ fn update_changes_a_running_container(t: &Test) {
     let memory = json!({"memory": {"limit": 96 * MIB, "swap": 96 * MIB}});
     update(t, &id, &memory).expect("update of the memory limit");
     assert_eq!(memory_limit(t, &id), (96 * MIB).to_string());
-    assert_eq!(cpu_quota(pid).0, "50000", "what is not named stays");
+    assert_eq!(cpu_quota(pid, &id).0, "50000", "what is not named stays");
     let more = json!({"cpu": {"quota": 25000, "period": 100_000}, "pids": {"limit": 50}});
     update(t, &id, &more).expect("update of cpu and pids");
-    assert_eq!(cpu_quota(pid).0, "25000");
-    assert_eq!(cgroup_value(pid, "pids", "pids.max", "pids.max"), "50");
+    assert_eq!(cpu_quota(pid, &id).0, "25000");
+    assert_eq!(cgroup_value(pid, &id, "pids", "pids.max", "pids.max"), "50");
     assert_eq!(memory_limit(t, &id), (96 * MIB).to_string(), "what is not named stays");
 }
 

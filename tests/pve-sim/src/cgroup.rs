@@ -15,6 +15,8 @@ const PARENTS: [&str; 3] = ["lxc", "lxc.monitor", "lxc.pivot"];
 /// One mounted cgroup hierarchy.
 #[derive(Debug, Clone)]
 struct Hierarchy {
+    /// Where it is mounted.
+    mount: PathBuf,
     /// Directory below which liblxc puts its cgroups.
     base: PathBuf,
     /// Controllers of version 1; `None` for version 2.
@@ -45,30 +47,33 @@ impl Cgroups {
             .collect()
     }
 
-    /// The directory of a CT for a controller, and whether it is version 2. `None` if it does not
-    /// exist.
-    fn dir(&self, vmid: u32, controller: &str, probe: &str) -> Option<(PathBuf, bool)> {
+    /// The directory with the limits of the CT whose init is `pid`, for a controller, and whether it
+    /// is version 2. Proxmox asks LXC for it, because an include may have put it anywhere; the
+    /// kernel knows it too. `None` if the CT or the controller does not exist.
+    fn dir(&self, pid: u32, controller: &str, probe: &str) -> Option<(PathBuf, bool)> {
         let v1 = self
             .0
             .iter()
             .find(|h| h.v1.as_ref().is_some_and(|list| list.iter().any(|c| c == controller)));
         let hierarchy = v1.or_else(|| self.0.iter().find(|h| h.v1.is_none()))?;
-        let dir = hierarchy.base.join("lxc").join(vmid.to_string());
         let v2 = hierarchy.v1.is_none();
+        let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = limit_cgroup(&membership, if v2 { "" } else { controller })?;
+        let dir = hierarchy.mount.join(path);
         // Without its controller a cgroup2 directory lacks the files.
         (dir.is_dir() && (!v2 || dir.join(probe).exists())).then_some((dir, v2))
     }
 
     /// Bytes of memory that a CT uses.
-    pub fn memory_usage(&self, vmid: u32) -> Option<u64> {
-        let (dir, v2) = self.dir(vmid, "memory", "memory.current")?;
+    pub fn memory_usage(&self, pid: u32) -> Option<u64> {
+        let (dir, v2) = self.dir(pid, "memory", "memory.current")?;
         let file = if v2 { "memory.current" } else { "memory.usage_in_bytes" };
         fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok()
     }
 
     /// CPU time that a CT has used.
-    pub fn cpu_usage(&self, vmid: u32) -> Option<Duration> {
-        let (dir, v2) = self.dir(vmid, "cpuacct", "cpu.stat")?;
+    pub fn cpu_usage(&self, pid: u32) -> Option<Duration> {
+        let (dir, v2) = self.dir(pid, "cpuacct", "cpu.stat")?;
         if !v2 {
             let text = fs::read_to_string(dir.join("cpuacct.usage")).ok()?;
             return text.trim().parse().ok().map(Duration::from_nanos);
@@ -79,8 +84,8 @@ impl Cgroups {
     }
 
     /// Sets memory and swap of a running CT.
-    pub fn set_memory(&self, vmid: u32, limits: &Limits) -> io::Result<()> {
-        let (dir, v2) = self.dir(vmid, "memory", "memory.max").ok_or_else(not_running)?;
+    pub fn set_memory(&self, pid: u32, limits: &Limits) -> io::Result<()> {
+        let (dir, v2) = self.dir(pid, "memory", "memory.max").ok_or_else(not_running)?;
         if v2 {
             let write = |file: &str, value: i64| fs::write(dir.join(file), value.to_string());
             write("memory.swap.max", limits.swap)?;
@@ -103,8 +108,8 @@ impl Cgroups {
     }
 
     /// Sets CPU time and weight of a running CT.
-    pub fn set_cpu(&self, vmid: u32, limits: &Limits) -> io::Result<()> {
-        let (dir, v2) = self.dir(vmid, "cpu", "cpu.max").ok_or_else(not_running)?;
+    pub fn set_cpu(&self, pid: u32, limits: &Limits) -> io::Result<()> {
+        let (dir, v2) = self.dir(pid, "cpu", "cpu.max").ok_or_else(not_running)?;
         if v2 {
             fs::write(dir.join("cpu.max"), limits.cpu_max())?;
             return fs::write(dir.join("cpu.weight"), limits.cpu_weight().to_string());
@@ -139,6 +144,17 @@ impl Cgroups {
             }
         }
     }
+}
+
+/// The cgroup with the limits, relative to its mount, from the text of `/proc/<init>/cgroup`: the
+/// parent of the `ns` in which init is.
+fn limit_cgroup<'a>(membership: &'a str, controller: &str) -> Option<&'a str> {
+    let path = membership.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (names, path) = (fields.next()?, fields.next()?);
+        names.split(',').any(|name| name == controller).then_some(path)
+    })?;
+    Some(path.strip_suffix("/ns").unwrap_or(path).trim_start_matches('/'))
 }
 
 fn not_running() -> io::Error {
@@ -178,7 +194,7 @@ fn find(mounts: &str, own: &str) -> Vec<Hierarchy> {
             continue;
         }
         let existing = PARENTS.iter().copied().filter(|p| base.join(p).exists()).collect();
-        list.push(Hierarchy { base, v1, existing });
+        list.push(Hierarchy { mount: dir.into(), base, v1, existing });
     }
     list
 }
@@ -220,6 +236,15 @@ fn remove_empty(dir: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_beside_the_cgroup_of_init() {
+        let text = "4:memory:/default/web/ns\n1:cpu,cpuacct:/lxc/100/ns\n0::/kubepods/x/ns\n";
+        assert_eq!(limit_cgroup(text, "memory"), Some("default/web"));
+        assert_eq!(limit_cgroup(text, "cpuacct"), Some("lxc/100"));
+        assert_eq!(limit_cgroup(text, ""), Some("kubepods/x"));
+        assert_eq!(limit_cgroup(text, "pids"), None);
+    }
 
     #[test]
     fn finds_both_versions_below_the_cgroup_of_pid_1() {

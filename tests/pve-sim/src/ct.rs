@@ -5,14 +5,17 @@
 //! and active until that has ended and its cgroups are gone. This is longer than the API says
 //! `running`, and a start in between fails, as on a real node.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::process::{Child, Command as Process};
+use tokio::io::unix::AsyncFd;
+use tokio::process::Command as Process;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::{sleep, timeout};
 
@@ -20,16 +23,51 @@ use crate::generate::{Generated, generate};
 use crate::lxc::{self, Command, State};
 use crate::node::{Node, write_file};
 use crate::profile::Step;
+use crate::sys::Unit;
 use crate::task::Task;
 use crate::{proc, sys};
 
+/// How long a task waits for the pid of a CT: as long as a busy machine may need.
+const PID_WAIT: Duration = Duration::from_secs(5);
+
 /// A unit's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
+enum UnitState {
     /// No main process. `ran` tells whether the last one had got its container to run.
     Inactive { ran: bool },
     /// The pid of `lxc-start`.
     Active { pid: u32 },
+}
+
+/// A child process whose end can be awaited.
+#[derive(Debug)]
+struct Child {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Child {
+    fn new(pid: u32) -> io::Result<Self> {
+        let pidfd = sys::pidfd(pid)?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Waits for the end: whether the status was 0.
+    async fn wait(&self) -> bool {
+        loop {
+            let ready = self.pidfd.readable().await;
+            match sys::try_wait(self.pid) {
+                Ok(Some(success)) => return success,
+                // Nobody else reaps it, so this cannot be.
+                Err(_) => return false,
+                Ok(None) => {}
+            }
+            match ready {
+                Ok(mut guard) => guard.clear_ready(),
+                Err(_) => sleep(Duration::from_millis(10)).await,
+            }
+        }
+    }
 }
 
 /// The state of one CT that is not in its file.
@@ -37,25 +75,25 @@ enum Unit {
 pub struct Ct {
     vmid: u32,
     lock: Arc<Mutex<()>>,
-    unit: watch::Sender<Unit>,
+    unit: watch::Sender<UnitState>,
 }
 
 impl Ct {
     /// A CT at rest.
     pub fn new(vmid: u32) -> Self {
-        let unit = watch::Sender::new(Unit::Inactive { ran: false });
+        let unit = watch::Sender::new(UnitState::Inactive { ran: false });
         Self { vmid, lock: Arc::default(), unit }
     }
 
     async fn inactive(&self) -> bool {
         let mut unit = self.unit.subscribe();
-        let state = unit.wait_for(|u| matches!(u, Unit::Inactive { .. })).await;
+        let state = unit.wait_for(|u| matches!(u, UnitState::Inactive { .. })).await;
         // The sender lives as long as `self`, so there always is a state.
-        state.is_ok_and(|s| *s == Unit::Inactive { ran: true })
+        state.is_ok_and(|s| *s == UnitState::Inactive { ran: true })
     }
 
     fn is_active(&self) -> bool {
-        matches!(*self.unit.borrow(), Unit::Active { .. })
+        matches!(*self.unit.borrow(), UnitState::Active { .. })
     }
 }
 
@@ -80,6 +118,11 @@ impl Node {
     /// Whether the API calls the CT running.
     pub fn is_running(&self, vmid: u32) -> bool {
         lxc::active(&self.paths.lxc).contains(&vmid)
+    }
+
+    /// The pid of a CT's init on the host.
+    pub async fn init_pid(&self, vmid: u32) -> Option<u32> {
+        lxc::init_pid(&self.paths.lxc, vmid, PID_WAIT).await
     }
 
     fn ct_dir(&self, vmid: u32) -> PathBuf {
@@ -131,7 +174,7 @@ impl Node {
         self.wait_running(&task, &ct, fresh).await?;
         task.running(None);
         sleep(self.profile.step(Step::StartAfter)).await;
-        match lxc::init_pid(&self.paths.lxc, vmid).await {
+        match self.init_pid(vmid).await {
             Some(_) => Ok(()),
             None => Err(no_pid(vmid)),
         }
@@ -199,41 +242,37 @@ impl Node {
     }
 
     fn set_active(&self, ct: &Ct, child: &Child) {
-        let pid = child.id().unwrap_or(0);
-        ct.unit.send_replace(Unit::Active { pid });
+        let pid = child.pid;
+        ct.unit.send_replace(UnitState::Active { pid });
         let start = proc::start_ticks(pid).unwrap_or(0);
         let _ = fs::write(self.paths.units.join(ct.vmid.to_string()), format!("{pid} {start}\n"));
     }
 
     /// Runs `lxc-start` as systemd would: nothing inherited but a log for its errors.
     fn spawn(&self, vmid: u32) -> io::Result<Child> {
-        let mut command = Process::new("lxc-start");
-        command
-            .arg("-F")
-            .args(["-n", &vmid.to_string()])
-            .arg("-P")
-            .arg(&self.paths.lxc)
-            .env_clear()
-            .env("LANG", "C.UTF-8")
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(self.stderr_path(vmid))?);
-        sys::new_session(&mut command);
-        command.spawn()
+        let string = |text: String| CString::new(text).map_err(io::Error::from);
+        let path = self.paths.lxc.display();
+        let args = ["lxc-start", "-F", "-n", &vmid.to_string(), "-P", &path.to_string()];
+        let args: Vec<_> =
+            args.iter().map(|a| string((*a).to_owned())).collect::<Result<_, _>>()?;
+        let env = [
+            c"LANG=C.UTF-8".to_owned(),
+            c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        ];
+        let stderr = string(self.stderr_path(vmid).display().to_string())?;
+        let unit = Unit { program: c"lxc-start", args: &args, env: &env, stderr: &stderr };
+        Child::new(sys::spawn(&unit)?)
     }
 
     async fn supervise(self: Arc<Self>, ct: Arc<Ct>, mut child: Child) {
         let vmid = ct.vmid;
         loop {
-            let status = child.wait().await;
+            // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
+            // post-stop hook does not change that.
+            let ran = child.wait().await;
             let node = self.clone();
             // Also what systemd's KillMode=mixed does: no process of the unit survives.
             let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
-            // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
-            // post-stop hook does not change that.
-            let ran = status.is_ok_and(|s: ExitStatus| s.success());
             if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok() {
                 if let Ok(again) = self.restart(vmid) {
                     child = again;
@@ -242,7 +281,7 @@ impl Node {
                 }
             }
             let _ = fs::remove_file(self.paths.units.join(vmid.to_string()));
-            ct.unit.send_replace(Unit::Inactive { ran });
+            ct.unit.send_replace(UnitState::Inactive { ran });
             return;
         }
     }
@@ -273,7 +312,7 @@ impl Node {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Ok(()),
             Err(e) => return Err(format!("failed to open container {vmid}'s command socket: {e}")),
         };
-        command.stop().await.map_err(|e| format!("unable to stop CT {vmid} - {e}"))?;
+        command.stop().map_err(|e| format!("unable to stop CT {vmid} - {e}"))?;
         command.closed().await;
         self.ct(vmid).inactive().await;
         Ok(())
@@ -337,7 +376,7 @@ impl Node {
         let trigger = self.ct_dir(vmid).join("reboot");
         fs::write(&trigger, "")
             .map_err(|e| format!("unable to write {}: {e}", trigger.display()))?;
-        let before = lxc::init_pid(&self.paths.lxc, vmid).await;
+        let before = self.init_pid(vmid).await;
         let how = Shutdown { timeout: timeout_s, force: true };
         if let Err(error) = self.lxc_stop(&task, vmid, how).await {
             let _ = fs::remove_file(&trigger);
@@ -345,7 +384,7 @@ impl Node {
         }
         let again = async {
             loop {
-                let pid = lxc::init_pid(&self.paths.lxc, vmid).await;
+                let pid = self.init_pid(vmid).await;
                 if pid.is_some() && pid != before {
                     return;
                 }
@@ -404,7 +443,7 @@ impl Node {
         let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
         for ct in &active {
             let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));
-            if let Some(pid) = lxc::init_pid(&self.paths.lxc, ct.vmid).await {
+            if let Some(pid) = self.init_pid(ct.vmid).await {
                 let _ = sys::kill(pid, libc::SIGKILL);
             }
         }
@@ -413,7 +452,7 @@ impl Node {
             if timeout(Duration::from_secs(3), ct.inactive()).await.is_ok() {
                 continue;
             }
-            if let Unit::Active { pid } = *ct.unit.borrow() {
+            if let UnitState::Active { pid } = *ct.unit.borrow() {
                 let _ = sys::kill(pid, libc::SIGKILL);
             }
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;

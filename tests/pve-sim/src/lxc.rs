@@ -10,8 +10,10 @@ use std::os::unix::net::{SocketAddr, UnixStream as StdStream};
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
+
+use crate::sys;
 
 const STOP: i32 = 2;
 const GET_STATE: i32 = 3;
@@ -40,14 +42,15 @@ impl Command {
         Ok(Self(UnixStream::from_std(stream)?))
     }
 
-    async fn send(&mut self, command: i32) -> io::Result<()> {
+    fn send(&self, command: i32) -> io::Result<()> {
         let mut request = [0u8; 16];
         request[..4].copy_from_slice(&command.to_ne_bytes());
-        self.0.write_all(&request).await
+        // A command without credentials is refused; so few bytes always fit into the buffer.
+        sys::send_with_credentials(&self.0, &request)
     }
 
     async fn ask(&mut self, command: i32) -> io::Result<i32> {
-        self.send(command).await?;
+        self.send(command)?;
         let mut reply = [0u8; 16];
         self.0.read_exact(&mut reply).await?;
         let int = |at: usize| {
@@ -80,8 +83,8 @@ impl Command {
     }
 
     /// Kills init, as `lxc-stop --kill` does. There is no answer to wait for.
-    pub async fn stop(&mut self) -> io::Result<()> {
-        self.send(STOP).await
+    pub fn stop(&self) -> io::Result<()> {
+        self.send(STOP)
     }
 
     /// Waits until `lxc-start` has closed the connection, which is when it ends.
@@ -91,10 +94,11 @@ impl Command {
     }
 }
 
-/// The pid of a container's init, if it answers soon. A container that is just starting does not.
-pub async fn init_pid(lxc_path: &Path, vmid: u32) -> Option<u32> {
+/// The pid of a container's init, if `lxc-start` answers in time. While it is starting its
+/// container it does not, and when it ends the connection is closed.
+pub async fn init_pid(lxc_path: &Path, vmid: u32, wait: Duration) -> Option<u32> {
     let ask = async { Command::connect(lxc_path, vmid)?.init_pid().await };
-    tokio::time::timeout(Duration::from_millis(200), ask).await.ok()?.ok()
+    tokio::time::timeout(wait, ask).await.ok()?.ok()
 }
 
 /// The containers whose command socket exists. This is all that `running` means in the API.

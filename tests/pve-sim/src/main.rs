@@ -146,6 +146,8 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let ip = args.listen.ip().to_string();
     let identity = tls::identity(&["127.0.0.1", "localhost", &args.options.name, &ip])?;
     let node = Node::open(&args.options, identity.fingerprint.clone())?;
+    // Containers inherit it, and nobody should have a directory kept busy by them.
+    std::env::set_current_dir("/")?;
     let ca_file = node.paths.root.join("ca.pem");
     write_file(&ca_file, &identity.ca_pem, 0o644)?;
 

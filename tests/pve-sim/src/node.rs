@@ -251,8 +251,8 @@ impl Node {
     }
 
     /// CPUs' worth of time that a CT used since the last question.
-    pub fn cpu_load(&self, vmid: u32) -> f64 {
-        let Some(used) = self.cgroups.cpu_usage(vmid) else { return 0.0 };
+    pub fn cpu_load(&self, vmid: u32, pid: u32) -> f64 {
+        let Some(used) = self.cgroups.cpu_usage(pid) else { return 0.0 };
         let now = Instant::now();
         match lock(&self.cpu_samples).insert(vmid, (now, used)) {
             Some((at, before)) if now > at => {
@@ -388,12 +388,12 @@ fn write_share(paths: &Paths, profile: &Profile) -> Result<(), StartError> {
          # Mounts the CT's rootfs, as Proxmox VE's hook of this name does.\n\
          # Only directories are known; other kinds of rootfs are left alone.\n\
          {pause}\n\
-         line=$(sed -n '/^\\[/q; s/^rootfs: *//p' '{confs}'/\"$1\".conf) || exit 1\n\
+         line=$(sed -n '/^\\[/q; s/^rootfs: *//p' '{confs}'/\"$LXC_NAME\".conf) || exit 1\n\
          source=${{line%%,*}}\n\
          source=${{source#volume=}}\n\
          case $source in /*) ;; *) exit 0 ;; esac\n\
          [ -d \"$source\" ] || exit 2\n\
-         target='{lxc}'/\"$1\"/rootfs\n\
+         target='{lxc}'/\"$LXC_NAME\"/rootfs\n\
          mount --bind \"$source\" \"$target\" || exit 2\n\
          case ,$line, in *,ro=1,*) mount -o remount,bind,ro \"$target\" || exit 2 ;; esac\n",
         pause = pause(Step::HookPreStart),
@@ -404,7 +404,7 @@ fn write_share(paths: &Paths, profile: &Profile) -> Result<(), StartError> {
         "#!/bin/sh\n\
          # Asks for a restart if the CT rebooted itself, as Proxmox VE's hook of this name does.\n\
          {pause}\n\
-         [ \"$LXC_TARGET\" != reboot ] || {{ : >'{lxc}'/\"$1\"/reboot; exit 1; }}\n",
+         [ \"$LXC_TARGET\" != reboot ] || {{ : >'{lxc}'/\"$LXC_NAME\"/reboot; exit 1; }}\n",
         pause = pause(Step::HookPostStop),
         lxc = paths.lxc.display(),
     );

@@ -87,9 +87,9 @@ impl Profile {
         let ms = match (self.kind, step) {
             (Kind::Instant, _) => return Duration::ZERO,
             (Kind::Node, Step::StartBefore) => 168,
-            (Kind::Node, Step::StartAfter) => 186,
-            (Kind::Node, Step::StopBefore) => 150,
-            (Kind::Node, Step::DestroyBefore) => 100,
+            (Kind::Node, Step::StartAfter) => 172,
+            (Kind::Node, Step::StopBefore) => 145,
+            (Kind::Node, Step::DestroyBefore) => 92,
             (Kind::Node, Step::HookPreStart) => 627,
             (Kind::Node, Step::HookPostStop) => 1017,
         };

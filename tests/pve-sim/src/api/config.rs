@@ -91,7 +91,8 @@ pub async fn put(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
     }
     stage(&mut config, &change)?;
     let result = if cx.node.is_running(vmid) {
-        apply_live(cx.node, vmid, &mut config)?;
+        let pid = cx.node.init_pid(vmid).await;
+        apply_live(cx.node, pid, &mut config)?;
         Ok(())
     } else {
         apply_stopped(cx.node, &mut config)
@@ -264,7 +265,7 @@ fn apply_stopped(node: &Node, config: &mut Config) -> Result<(), ApiError> {
 
 /// A running CT takes limits into its cgroup, some options into the file, and keeps the rest
 /// pending. If a limit cannot be set, nothing is stored.
-fn apply_live(node: &Node, vmid: u32, config: &mut Config) -> Result<(), ApiError> {
+fn apply_live(node: &Node, pid: Option<u32>, config: &mut Config) -> Result<(), ApiError> {
     let mut applied = config.clone();
     let deleted = config.pending_deletes();
     let touched: Vec<String> =
@@ -285,9 +286,10 @@ fn apply_live(node: &Node, vmid: u32, config: &mut Config) -> Result<(), ApiErro
     let limits = Limits::of(&applied.current);
     for (keys, kind) in [(["memory", "swap"], "memory"), (["cpulimit", "cpuunits"], "cpu")] {
         let Some(key) = keys.iter().find(|k| touched.iter().any(|t| t == *k)) else { continue };
-        let result = match kind {
-            "memory" => node.cgroups.set_memory(vmid, &limits),
-            _ => node.cgroups.set_cpu(vmid, &limits),
+        let result = match (kind, pid) {
+            (_, None) => Err(std::io::Error::other("container not running")),
+            ("memory", Some(pid)) => node.cgroups.set_memory(pid, &limits),
+            (_, Some(pid)) => node.cgroups.set_cpu(pid, &limits),
         };
         if let Err(error) = result {
             let text = format!(

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
 
@@ -14,6 +14,9 @@ use crate::node::Node;
 use crate::params::{Kind, opt, split_props};
 use crate::profile::Call;
 use crate::{lxc, proc, sys};
+
+/// How long a list waits for the pid of a CT, which a starting one cannot tell.
+const PID_WAIT: Duration = Duration::from_millis(200);
 
 /// `GET /nodes/{node}/lxc`: live, and only the CTs that the caller may see.
 pub async fn list(cx: &Context<'_>) -> Result<Answer, ApiError> {
@@ -74,11 +77,11 @@ pub async fn row(node: &Node, vmid: u32, conf: &Section, active: &HashSet<u32>) 
             row[format!("pressure{pressure}{kind}")] = json!("0.00");
         }
     }
-    let Some(pid) = lxc::init_pid(&node.paths.lxc, vmid).await else { return row };
+    let Some(pid) = lxc::init_pid(&node.paths.lxc, vmid, PID_WAIT).await else { return row };
     row["pid"] = json!(pid);
     row["uptime"] = json!(proc::age(pid).unwrap_or(0));
-    row["cpu"] = json!(node.cpu_load(vmid));
-    row["mem"] = json!(node.cgroups.memory_usage(vmid).unwrap_or(0));
+    row["cpu"] = json!(node.cpu_load(vmid, pid));
+    row["mem"] = json!(node.cgroups.memory_usage(pid).unwrap_or(0));
     if let Ok((total, used, _)) = sys::disk(&PathBuf::from(format!("/proc/{pid}/root/"))) {
         row["disk"] = json!(used);
         row["maxdisk"] = json!(total);

@@ -1,0 +1,656 @@
+//! Replays the recorded calls against the simulator and compares the answers.
+//!
+//! For each recording the node is brought into the state that the request needs; then status,
+//! reason phrase, headers, keys and types of the body, error texts and the end of the task must
+//! be the recorded ones. VMIDs are replaced, ids and times ignored. Recordings whose CT runs need
+//! root and LXC.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use pve_sim::acl::{Acl, Identity};
+use pve_sim::http;
+use pve_sim::node::{Node, Options};
+use pve_sim::profile::{Kind, Profile};
+use serde_json::{Value as Json, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::sleep;
+
+/// How many calls were recorded in all; the others concern what the simulator does not have yet.
+const RECORDED: usize = 283;
+
+/// Recordings that cannot be had, and why.
+const EXCUSED: &[(&str, &str)] = &[(
+    "err-put-hotplug-failed",
+    "the recording node lacked the memory controller; other nodes answer 200",
+)];
+
+/// The VMIDs of the recordings that stand for CTs.
+const VMIDS: [u32; 9] = [100, 110, 111, 113, 170, 180, 190, 500, 999];
+
+type Failure = String;
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(run())
+}
+
+async fn run() -> ExitCode {
+    // As with other tests, an argument selects by a part of the name.
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+    let names: Vec<_> = recordings()
+        .into_iter()
+        .filter(|n| filter.as_ref().is_none_or(|f| n.contains(f.as_str())))
+        .collect();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let can_run = can_run();
+    let mut world = World::new(dir.path());
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for name in &names {
+        if needs_running_ct(name) && !can_run {
+            skipped += 1;
+            continue;
+        }
+        let recording = load(name);
+        match world.replay(name, &recording).await {
+            Ok(()) => passed += 1,
+            Err(failure) => {
+                failed += 1;
+                println!("{name}: {failure}");
+            }
+        }
+        world.reset().await;
+    }
+    world.end().await;
+    for (name, why) in EXCUSED {
+        println!("cannot be had: {name}: {why}");
+    }
+    if skipped > 0 {
+        println!("{skipped} recordings skipped: running CTs need root and the package lxc");
+    }
+    println!("pve-api contract: {passed} of {RECORDED} recordings replay");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/transcripts")
+}
+
+fn recordings() -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(fixtures())
+        .expect("the recordings")
+        .filter_map(|e| e.ok()?.file_name().to_str()?.strip_suffix(".json").map(str::to_owned))
+        .filter(|n| EXCUSED.iter().all(|(excused, _)| excused != n))
+        .collect();
+    names.sort();
+    assert!(names.len() > 100, "the recordings are missing");
+    names
+}
+
+fn load(name: &str) -> Json {
+    let path = fixtures().join(format!("{name}.json"));
+    let text = std::fs::read_to_string(path).expect("a recording");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn can_run() -> bool {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|m| {
+        use std::os::unix::fs::MetadataExt;
+        m.uid() == 0
+    });
+    let has = |program: &str| {
+        std::env::var_os("PATH")
+            .is_some_and(|p| std::env::split_paths(&p).any(|dir| dir.join(program).exists()))
+    };
+    root && has("lxc-start") && Path::new("/bin/busybox").exists()
+}
+
+fn needs_running_ct(name: &str) -> bool {
+    matches!(state(name), State::Running { .. } | State::PostStop)
+        || matches!(
+            name,
+            "lxc-start"
+                | "lxc-start-entrypoint"
+                | "err-start-short-lived"
+                | "err-start-missing-entrypoint"
+        )
+}
+
+/// What a recording finds when its request comes.
+#[derive(Clone, Copy)]
+enum State {
+    /// No CT of the request's VMID.
+    Nothing,
+    /// A stopped CT, with these lines besides the plain ones.
+    Stopped(&'static str),
+    /// A running CT whose init stays, with these lines besides the plain ones.
+    Running(&'static str),
+    /// A CT whose init has ended and whose post-stop hook still runs.
+    PostStop,
+    /// A stopped CT with exactly the recorded configuration.
+    Recorded,
+    /// A CT without `unprivileged` and such: only these lines.
+    Exactly(&'static str),
+}
+
+fn state(name: &str) -> State {
+    use State::*;
+    match name {
+        "err-ct-missing-config"
+        | "err-ct-missing-delete"
+        | "err-ct-missing-start"
+        | "err-ct-missing-status" => Nothing,
+        "err-delete-protected" => Stopped("protection: 1\n"),
+        "lxc-put-unprotect" => Stopped("protection: 1\n"),
+        "perm-put-delete-full" | "perm-put-delete-user" => Stopped("protection: 1\n"),
+        "err-locked-delete" | "err-locked-delete-force" | "err-locked-config" => {
+            Stopped("lock: backup\n")
+        }
+        "err-locked-delete-create" | "err-locked-start-stopped" => Stopped("lock: create\n"),
+        "err-locked-stop" | "err-start-running-locked" | "lxc-status-current-locked" => {
+            Running("lock: backup\n")
+        }
+        "err-start-bridge-missing" => Stopped("net0: name=eth0,bridge=vmbr9,type=veth\n"),
+        "lxc-put-delete-net" => Stopped("net0: name=eth0,bridge=vmbr9,type=veth\n"),
+        "err-start-missing-entrypoint" => Stopped("entrypoint: /nope\n"),
+        "err-start-short-lived" => Stopped("entrypoint: /bin/true\n"),
+        "lxc-start" | "lxc-start-entrypoint" => Stopped("entrypoint: /bin/sleep 1000\n"),
+        "err-start-during-poststop" | "lxc-delete-during-poststop" => PostStop,
+        "err-delete-running"
+        | "lxc-delete-force-purge"
+        | "err-resume-running"
+        | "err-start-running"
+        | "err-skiplock-stop-token"
+        | "lxc-list"
+        | "lxc-reboot"
+        | "lxc-shutdown-forcestop"
+        | "lxc-shutdown-timeout"
+        | "lxc-status-current-just-started"
+        | "lxc-status-current-running"
+        | "lxc-stop"
+        | "lxc-suspend"
+        | "cluster-resources-all"
+        | "cluster-resources-vm"
+        | "lxc-put-config-pending"
+        | "lxc-put-live-fastplug"
+        | "lxc-put-pending-console" => Running(""),
+        "lxc-status-current-running-full" | "lxc-status-current-suspended" => {
+            Running("tags: containerd;k8s\n")
+        }
+        "lxc-status-current-stopped" => Stopped("tags: containerd;k8s\n"),
+        "lxc-put-config-revert" => {
+            Stopped("\n[pve:pending]\nlxc.environment.runtime: Z=1\ndelete: hostname\n")
+        }
+        "lxc-config-after-put" => Exactly(concat!(
+            "#hello world\n#line2\narch: amd64\ncmode: console\nconsole: 1\ncores: 1\n",
+            "cpulimit: 0.5\ncpuunits: 200\nentrypoint: /bin/sh\nfeatures: nesting=1\n",
+            "hostname: newname\nmemory: 256\nnameserver: 192.0.2.53\nnet0: name=eth0\nonboot: 0\n",
+            "ostype: unmanaged\nrootfs: local:0\nsearchdomain: x.local\nswap: 128\n",
+            "tags: containerd;k8s\ntty: 1\nunprivileged: 1\n",
+            "lxc.environment.runtime: A=1\n\n[pve:pending]\nlxc.environment.runtime: Z=1\n",
+        )),
+        "lxc-pending-after-put" => state("lxc-config-after-put"),
+        "lxc-pending-console" => Exactly(concat!(
+            "#x\narch: amd64\ncores: 1\nentrypoint: /bin/sleep 1000\nhostname: other\n",
+            "memory: 512\nostype: unmanaged\nrootfs: local:0\nswap: 512\ntags: a;b\n",
+            "unprivileged: 1\n\n[pve:pending]\nconsole: 0\nentrypoint: /bin/sleep 2000\n",
+        )),
+        name if name.starts_with("lxc-config") => Recorded,
+        _ => Stopped(""),
+    }
+}
+
+/// The nodes under test and what the recordings are translated with.
+struct World {
+    dir: PathBuf,
+    node: Arc<Node>,
+    rootfs: PathBuf,
+    vmids: BTreeMap<u32, u32>,
+}
+
+impl World {
+    fn new(dir: &Path) -> Self {
+        let rootfs = make_rootfs(dir);
+        // Numbers of its own, as the cgroups of all CTs of a host lie side by side.
+        let base = 900_000_000 + std::process::id() % 100_000 * 1000;
+        let vmids = VMIDS.iter().map(|v| (*v, base + v)).collect();
+        let node = open(dir, Kind::Instant, 0.1);
+        Self { dir: dir.to_owned(), node, rootfs, vmids }
+    }
+
+    async fn replay(&mut self, name: &str, recording: &Json) -> Result<(), Failure> {
+        if name == "err-start-short-lived" {
+            // Without delays the start may be over before its init is.
+            self.node.shut_down().await;
+            self.node = open(&self.dir, Kind::Node, 0.2);
+        }
+        self.set_acl(name);
+        let request = &recording["request"];
+        let path = self.translate(request["path"].as_str().unwrap_or_default());
+        let vmid = path.split('/').skip_while(|s| *s != "lxc").nth(1);
+        let vmid = vmid.and_then(|v| v.split('?').next()?.parse().ok());
+        self.prepare(name, vmid.unwrap_or(self.vmids[&100]), recording).await?;
+        let path = self.task_path(name, path).await;
+
+        let answer = self.send(request, &path).await;
+        self.compare_answer(name, &recording["response"], &answer)?;
+        if !recording["task"].is_null() {
+            let upid = answer.body["data"].as_str().unwrap_or_default().to_owned();
+            self.compare_task(&recording["task"], &upid).await?;
+        }
+        self.check_effect(name, vmid.unwrap_or(0))
+    }
+
+    fn set_acl(&self, name: &str) {
+        let mut acl = Acl::default();
+        let secret = if name == "err-bad-token" { "another" } else { "TOKEN-SECRET" };
+        acl.add_token("root@pam", "full", secret, false);
+        acl.add_token("root@pam", "ps", secret, true);
+        acl.add_token("shim@pve", "t1", secret, true);
+        if name.starts_with("perm-") || name == "task-status-other-user" {
+            for subject in ["root@pam!ps", "shim@pve", "shim@pve!t1"] {
+                acl.grant("/", subject, "PVEAdmin");
+            }
+        }
+        *self.node.acl.write().unwrap_or_else(PoisonError::into_inner) = acl;
+    }
+
+    /// Replaces the recorded VMIDs.
+    fn translate(&self, text: &str) -> String {
+        let mut out = String::new();
+        let mut digits = String::new();
+        for c in text.chars().chain(['\0']) {
+            if c.is_ascii_digit() {
+                digits.push(c);
+                continue;
+            }
+            match digits.parse().ok().and_then(|n| self.vmids.get(&n)) {
+                Some(vmid) => out.push_str(&vmid.to_string()),
+                None => out.push_str(&digits),
+            }
+            digits.clear();
+            out.push(c);
+        }
+        out.pop();
+        out
+    }
+
+    fn write_conf(&self, vmid: u32, text: &str) {
+        std::fs::write(self.node.paths.confs.join(format!("{vmid}.conf")), text).expect("a file");
+    }
+
+    async fn prepare(&self, name: &str, vmid: u32, recording: &Json) -> Result<(), Failure> {
+        let plain = format!(
+            "arch: amd64\nhostname: ct\nmemory: 512\nostype: unmanaged\nrootfs: {}\nswap: 512\n",
+            self.rootfs.display()
+        );
+        let running = "console: 0\ntty: 0\nlxc.apparmor.profile: unconfined\n";
+        match state(name) {
+            State::Nothing => {}
+            State::Exactly(text) => self.write_conf(vmid, text),
+            State::Stopped(extra) if extra.contains("entrypoint") => {
+                self.write_conf(vmid, &format!("{plain}{running}{extra}"));
+            }
+            State::Stopped(extra) => {
+                self.write_conf(vmid, &format!("{plain}unprivileged: 1\n{extra}"));
+            }
+            State::Running(extra) => {
+                let init = "entrypoint: /bin/sleep 1000\n";
+                let conf = format!("{plain}{running}{init}{extra}");
+                self.write_conf(vmid, &conf.replace("lock: backup\n", ""));
+                self.start(vmid).await?;
+                // What blocks a start appears on a running CT later.
+                self.write_conf(vmid, &conf);
+            }
+            State::PostStop => {
+                let hook = "lxc.hook.post-stop: /bin/sh -c 'sleep 3' x\n";
+                let init = "entrypoint: /bin/sleep 1\n";
+                self.write_conf(vmid, &format!("{plain}{running}{init}{hook}"));
+                self.start(vmid).await?;
+                while self.node.is_running(vmid) {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            }
+            State::Recorded => {
+                let mut text = String::new();
+                let data = &recording["response"]["body"]["data"];
+                for (key, value) in data.as_object().expect("a configuration") {
+                    let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                    match key.as_str() {
+                        "digest" => {}
+                        "description" => {
+                            value.lines().for_each(|l| text.push_str(&format!("#{l}\n")));
+                        }
+                        "env" => value.split('\0').for_each(|e| {
+                            text.push_str(&format!("lxc.environment.runtime: {e}\n"));
+                        }),
+                        _ => text.push_str(&format!("{key}: {value}\n")),
+                    }
+                }
+                self.write_conf(vmid, &text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a CT the short way.
+    async fn start(&self, vmid: u32) -> Result<(), Failure> {
+        let who = identity();
+        let node = self.node.clone();
+        let upid = self.node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
+            node.start_ct(task, vmid, Instant::now())
+        });
+        let status = self.task_end(&upid).await?;
+        match status["exitstatus"].as_str() {
+            Some("OK") => Ok(()),
+            other => Err(format!("the CT does not start: {other:?}")),
+        }
+    }
+
+    /// Makes the task that a request about tasks needs, and puts it into the path.
+    async fn task_path(&self, name: &str, path: String) -> String {
+        if !name.starts_with("task") {
+            return path;
+        }
+        let (running, aborted) = match name {
+            "task-delete-running"
+            | "task-log-running"
+            | "task-status-running"
+            | "tasks-list-active" => (true, false),
+            "task-status-aborted" | "task-status-other-user" => (true, true),
+            _ => (false, false),
+        };
+        let (kind, id) = if running { ("vzstart", "180") } else { ("vzcreate", "110") };
+        let id = self.translate(id);
+        let mut upid = String::new();
+        // The list is a page of three.
+        for _ in 0..3 {
+            let id = id.clone();
+            upid =
+                self.node.tasks.spawn("pve1", kind, &id.clone(), &identity(), |task| async move {
+                    if running {
+                        task.running(Some(format!("systemctl start pve-container@{id}")));
+                        sleep(Duration::from_secs(2)).await;
+                    } else {
+                        task.log("extracting archive '/var/lib/vz/template/cache/x.tar.gz'");
+                        task.log("Total bytes read: 2140160 (2.1MiB, 32MiB/s)");
+                    }
+                    Ok(())
+                });
+            if name == "tasks-list-active" {
+                break;
+            }
+        }
+        if aborted {
+            self.node.tasks.get(&upid).expect("the task").interrupt();
+        }
+        if aborted || !running {
+            self.task_end(&upid).await.expect("an end");
+        }
+        path.split('/')
+            .map(|s| if s.starts_with("UPID:") { upid.as_str() } else { s })
+            .collect::<Vec<_>>()
+            .join("/")
+    }
+
+    async fn task_end(&self, upid: &str) -> Result<Json, Failure> {
+        let task = self.node.tasks.get(upid).ok_or_else(|| format!("no task {upid}"))?;
+        for _ in 0..4000 {
+            if task.ended() {
+                return Ok(task.status());
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        Err(format!("{upid} does not end"))
+    }
+
+    async fn send(&self, request: &Json, path: &str) -> Answer {
+        let method = request["method"].as_str().unwrap_or_default();
+        let mut text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
+        for (name, value) in request["headers"].as_object().into_iter().flatten() {
+            text.push_str(&format!("{name}: {}\r\n", value.as_str().unwrap_or_default()));
+        }
+        let mut body = String::new();
+        if !request["json"].is_null() {
+            body = request["json"].to_string();
+        } else if matches!(method, "POST" | "PUT") {
+            let mut form = form_urlencoded::Serializer::new(String::new());
+            for (key, value) in request["form"].as_object().into_iter().flatten() {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                form.append_pair(key, &value);
+            }
+            body = form.finish();
+        }
+        text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+        Answer::read(self.node.clone(), &text).await
+    }
+
+    fn compare_answer(&self, name: &str, expected: &Json, got: &Answer) -> Result<(), Failure> {
+        let reason = self.translate(expected["reason"].as_str().unwrap_or_default());
+        let status = expected["status"].as_u64().unwrap_or(0);
+        if (status, reason.as_str()) != (u64::from(got.status), &got.reason) {
+            return Err(format!("{} {} instead of {status} {reason}", got.status, got.reason));
+        }
+        for (header, value) in expected["headers"].as_object().into_iter().flatten() {
+            let value = value.as_str().unwrap_or_default();
+            let got = got.headers.get(&header.to_ascii_lowercase()).map_or("", String::as_str);
+            if header != "Content-Encoding" && got != value {
+                return Err(format!("{header}: {got} instead of {value}"));
+            }
+        }
+        let has_type = !expected["headers"]["Content-Type"].is_null();
+        if got.headers.contains_key("content-type") != has_type {
+            return Err("Content-Type where there should be none".into());
+        }
+        for text in ["message", "errors"] {
+            let expected = &expected["body"][text];
+            let expected: Json = serde_json::from_str(&self.translate(&expected.to_string()))
+                .map_err(|e| e.to_string())?;
+            if expected != got.body[text] {
+                return Err(format!("{text}: {} instead of {expected}", got.body[text]));
+            }
+        }
+        let body = self.translate(&expected["body"].to_string());
+        let body = serde_json::from_str(&body).map_err(|e| e.to_string())?;
+        same_shape(&body, &got.body, name)
+    }
+
+    async fn compare_task(&self, expected: &Json, upid: &str) -> Result<(), Failure> {
+        let status = self.task_end(upid).await?;
+        for key in ["exitstatus", "type", "id", "user", "tokenid", "status"] {
+            let text = self.translate(expected["status"][key].as_str().unwrap_or_default());
+            if status[key].as_str().unwrap_or_default() != text {
+                return Err(format!("{key}: {} instead of {text}", status[key]));
+            }
+        }
+        same_shape(&expected["status"], &status, "task")?;
+        let last = expected["log"].as_array().and_then(|l| l.last()?.as_str()).unwrap_or_default();
+        let (_, log) = self.node.tasks.get(upid).ok_or("no task")?.page(0, 0);
+        let got = log.as_array().and_then(|l| l.last()?["t"].as_str()).unwrap_or_default();
+        if got != self.translate(last) {
+            return Err(format!("log ends with {got}: {log}"));
+        }
+        Ok(())
+    }
+
+    /// What the request must have done, or not done, beside the answer.
+    fn check_effect(&self, name: &str, vmid: u32) -> Result<(), Failure> {
+        let check = |ok: bool, text: &str| if ok { Ok(()) } else { Err(text.to_owned()) };
+        let conf = self.node.load(vmid);
+        let has = |key: &str| conf.as_ref().ok().and_then(|c| c.current.text(key));
+        let pending = |key: &str| conf.as_ref().ok().and_then(|c| c.pending.text(key));
+        match name {
+            "lxc-delete"
+            | "lxc-delete-force"
+            | "lxc-delete-force-purge"
+            | "lxc-delete-during-poststop" => {
+                check(conf.is_err(), "the configuration is still there")?;
+                check(self.rootfs.join("bin/busybox").exists(), "the rootfs was touched")?;
+                check(!self.node.is_running(vmid), "the CT still runs")
+            }
+            "err-put-bridge-missing" => check(has("net0").is_some(), "net0 was not stored"),
+            "lxc-put-live-fastplug" => {
+                check(has("hostname").as_deref() == Some("other"), "the name was not stored")?;
+                check(has("description").as_deref() == Some("x\n"), "the notes were not stored")
+            }
+            "lxc-put-config-pending" => {
+                check(pending("env").as_deref() == Some("Z=1"), "env is not pending")?;
+                check(has("hostname").as_deref() == Some("newname"), "the name was not stored")
+            }
+            "lxc-put-pending-console" => check(pending("console").is_some(), "not pending"),
+            "lxc-put-config-revert" => check(
+                conf.is_ok_and(|c| c.pending == pve_sim::conf::Section::default()),
+                "changes are still pending",
+            ),
+            "lxc-put-unprotect" => check(has("protection").is_none(), "still protected"),
+            "lxc-set-lock-token" => check(has("lock").is_some(), "not locked"),
+            "lxc-start" | "lxc-start-entrypoint" | "lxc-reboot" | "lxc-shutdown-timeout" => {
+                check(self.node.is_running(vmid), "the CT does not run")
+            }
+            "lxc-stop" | "lxc-shutdown-forcestop" => {
+                check(!self.node.is_running(vmid), "the CT still runs")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn reset(&mut self) {
+        self.node.shut_down().await;
+        for vmid in self.node.vmids() {
+            let _ = self.node.remove_conf(vmid);
+        }
+        // A new node, so that no task, list or lock of one recording is seen by the next.
+        self.node = open(&self.dir, Kind::Instant, 0.1);
+    }
+
+    async fn end(&self) {
+        self.node.shut_down().await;
+    }
+}
+
+fn identity() -> Identity {
+    Identity { user: "root@pam".into(), token: "full".into(), privsep: false }
+}
+
+/// Each node has a directory of its own, as an open one keeps its lock.
+fn open(dir: &Path, kind: Kind, scale: f64) -> Arc<Node> {
+    static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let options = Options {
+        root: dir.join(format!("node-{n}")),
+        name: "pve1".into(),
+        profile: Profile { kind, scale },
+    };
+    Node::open(&options, "00:00".into()).expect("a node")
+}
+
+fn make_rootfs(dir: &Path) -> PathBuf {
+    let rootfs = dir.join("rootfs");
+    for name in ["bin", "dev", "proc", "sys"] {
+        std::fs::create_dir_all(rootfs.join(name)).expect("a directory");
+    }
+    if std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).is_ok() {
+        for name in ["sh", "sleep", "true"] {
+            symlink("busybox", rootfs.join("bin").join(name)).expect("a link");
+        }
+    }
+    rootfs
+}
+
+/// Compares keys and types, deeply. Entries of lists are paired by what identifies them.
+fn same_shape(expected: &Json, got: &Json, at: &str) -> Result<(), Failure> {
+    match (expected, got) {
+        (Json::Object(a), Json::Object(b)) => {
+            for key in a.keys() {
+                if !b.contains_key(key) {
+                    return Err(format!("{at}.{key} is missing"));
+                }
+            }
+            for key in b.keys() {
+                if !a.contains_key(key) {
+                    return Err(format!("{at}.{key} should not be there"));
+                }
+            }
+            a.iter().try_for_each(|(k, v)| same_shape(v, &b[k], &format!("{at}.{k}")))
+        }
+        (Json::Array(a), Json::Array(b)) => {
+            if a.len() != b.len() {
+                return Err(format!("{at} has {} entries instead of {}", b.len(), a.len()));
+            }
+            let sorted = |list: &[Json]| {
+                let mut list = list.to_vec();
+                list.sort_by_key(|row| {
+                    let name = ["key", "subdir", "type"].iter().find_map(|k| row[k].as_str());
+                    name.unwrap_or_default().to_owned()
+                });
+                list
+            };
+            sorted(a).iter().zip(sorted(b)).try_for_each(|(x, y)| same_shape(x, &y, at))
+        }
+        (Json::Null, Json::Null)
+        | (Json::Bool(_), Json::Bool(_))
+        | (Json::Number(_), Json::Number(_))
+        | (Json::String(_), Json::String(_)) => Ok(()),
+        _ => Err(format!("{at} is {got} instead of {expected}")),
+    }
+}
+
+/// A parsed answer.
+struct Answer {
+    status: u16,
+    reason: String,
+    /// By lower-case name; repeated lines joined as in the recordings.
+    headers: BTreeMap<String, String>,
+    body: Json,
+}
+
+impl Answer {
+    /// Sends a request over a connection of its own and reads the answer.
+    async fn read(node: Arc<Node>, request: &str) -> Self {
+        let (mut client, server) = tokio::io::duplex(1 << 20);
+        let serving = tokio::spawn(http::serve(node, server));
+        client.write_all(request.as_bytes()).await.expect("sent");
+        let mut bytes = Vec::new();
+        let mut chunk = [0u8; 65536];
+        let answer = loop {
+            let n = client.read(&mut chunk).await.expect("an answer");
+            bytes.extend_from_slice(&chunk[..n]);
+            if let Some(answer) = Self::parse(&String::from_utf8_lossy(&bytes)) {
+                break answer;
+            }
+            assert!(n > 0, "the answer ends early: {:?}", String::from_utf8_lossy(&bytes));
+        };
+        drop(client);
+        let _ = serving.await;
+        answer
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let mut lines = head.split("\r\n");
+        let status_line = lines.next()?.strip_prefix("HTTP/1.1 ")?;
+        let (status, reason) = status_line.split_once(' ')?;
+        let mut headers: BTreeMap<String, String> = BTreeMap::new();
+        for (name, value) in lines.filter_map(|l| l.split_once(": ")) {
+            let entry = headers.entry(name.to_ascii_lowercase()).or_default();
+            if !entry.is_empty() {
+                entry.push_str(", ");
+            }
+            entry.push_str(value);
+        }
+        let length: usize = headers.get("content-length")?.parse().ok()?;
+        if body.len() < length {
+            return None;
+        }
+        let body = if body.is_empty() { json!("") } else { serde_json::from_str(body).ok()? };
+        Some(Self { status: status.parse().ok()?, reason: reason.to_owned(), headers, body })
+    }
+}

@@ -1,0 +1,224 @@
+//! What becomes of CTs and of the host around them. Needs root and LXC; says so where it skips.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pve_sim::acl::Identity;
+use pve_sim::node::{Node, Options};
+use pve_sim::profile::{Kind, Profile};
+use tokio::runtime::Runtime;
+use tokio::time::sleep;
+
+const CONF: &str = "arch: amd64\nconsole: 0\nentrypoint: /bin/sleep 1000\nhostname: ct\n\
+    memory: 256\nostype: unmanaged\ntty: 0\nlxc.apparmor.profile: unconfined\n";
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn open(root: &Path) -> Arc<Node> {
+    let options = Options {
+        root: root.to_owned(),
+        name: "pve1".into(),
+        profile: Profile { kind: Kind::Instant, scale: 0.02 },
+    };
+    Node::open(&options, String::new()).unwrap()
+}
+
+/// A VMID of this process's own, as all CTs of a host share the cgroup tree.
+fn vmid(n: u32) -> u32 {
+    800_000_000 + std::process::id() % 100_000 * 1000 + n
+}
+
+fn can_run() -> bool {
+    let ok = fs::metadata("/root").is_ok()
+        && fs::read_dir("/proc/1/fd").is_ok()
+        && Path::new("/bin/busybox").exists()
+        && Path::new("/usr/bin/lxc-start").exists();
+    if !ok {
+        eprintln!("skipped: needs root, lxc-start and busybox");
+    }
+    ok
+}
+
+fn write_ct(dir: &Path, node: &Node, vmid: u32) {
+    let rootfs = dir.join("rootfs");
+    if !rootfs.exists() {
+        for name in ["bin", "dev", "proc", "sys"] {
+            fs::create_dir_all(rootfs.join(name)).unwrap();
+        }
+        fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+        symlink("busybox", rootfs.join("bin/sleep")).unwrap();
+    }
+    let conf = format!("{CONF}rootfs: {}\n", rootfs.display());
+    fs::write(node.paths.confs.join(format!("{vmid}.conf")), conf).unwrap();
+}
+
+/// Starts a CT and returns the pid of its lxc-start.
+async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
+    let who = Identity { user: "root@pam".into(), token: "t".into(), privsep: false };
+    let this = node.clone();
+    let upid = node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
+        this.start_ct(task, vmid, Instant::now())
+    });
+    let task = node.tasks.get(&upid).unwrap();
+    while !task.ended() {
+        sleep(Duration::from_millis(2)).await;
+    }
+    assert!(!task.failed(), "{} {:?}", task.status(), task.page(0, 0));
+    let text = fs::read_to_string(node.paths.units.join(vmid.to_string())).unwrap();
+    text.split(' ').next().unwrap().parse().unwrap()
+}
+
+fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+fn cgroups(vmid: u32) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let dirs = mounts.lines().filter_map(|l| {
+        let mut fields = l.split(' ');
+        let (dir, kind) = (fields.nth(1)?, fields.next()?);
+        kind.starts_with("cgroup").then(|| PathBuf::from(dir))
+    });
+    dirs.flat_map(|d| ["lxc", "lxc.monitor"].map(|p| d.join(p).join(vmid.to_string())))
+        .filter(|d| d.exists())
+        .collect()
+}
+
+#[test]
+fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (root, vmid) = (dir.path().join("node"), vmid(1));
+    let first = runtime();
+    let node = {
+        let _guard = first.enter();
+        open(&root)
+    };
+    write_ct(dir.path(), &node, vmid);
+    let pid = first.block_on(start(&node, vmid));
+    drop(node);
+    // Nothing is told to anybody, as if the process had been killed.
+    first.shutdown_timeout(Duration::from_secs(1));
+    assert!(alive(pid));
+    assert!(!cgroups(vmid).is_empty());
+
+    let second = runtime();
+    second.block_on(async {
+        let node = open(&root);
+        for _ in 0..200 {
+            if !alive(pid) {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        assert!(!alive(pid));
+        assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
+        start(&node, vmid).await;
+        node.shut_down().await;
+    });
+}
+
+#[test]
+fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmid = vmid(2);
+    runtime().block_on(async {
+        let node = open(&dir.path().join("node"));
+        write_ct(dir.path(), &node, vmid);
+        let pid = start(&node, vmid).await;
+        assert!(node.is_running(vmid));
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let stat = fs::read_to_string(proc.join("stat")).unwrap();
+        let session = stat.rsplit_once(") ").unwrap().1.split(' ').nth(3).unwrap().to_owned();
+        assert_eq!(session, pid.to_string());
+        let environ = fs::read(proc.join("environ")).unwrap();
+        let names: Vec<_> = environ
+            .split(|b| *b == 0)
+            .filter(|e| !e.is_empty())
+            .map(|e| String::from_utf8_lossy(e).split('=').next().unwrap().to_owned())
+            .collect();
+        assert_eq!(names, ["LANG", "PATH"]);
+        for (fd, target) in [("0", "/dev/null"), ("1", "/dev/null")] {
+            assert_eq!(fs::read_link(proc.join("fd").join(fd)).unwrap(), Path::new(target));
+        }
+        assert!(!cgroups(vmid).is_empty());
+
+        node.shut_down().await;
+        assert!(!alive(pid));
+        assert!(!node.is_running(vmid));
+        assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
+        assert_eq!(fs::read_dir(&node.paths.units).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn a_killed_lxc_start_takes_its_ct_along() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmid = vmid(3);
+    runtime().block_on(async {
+        let node = open(&dir.path().join("node"));
+        write_ct(dir.path(), &node, vmid);
+        let pid = start(&node, vmid).await;
+        pve_sim::sys::kill(pid, 9).unwrap();
+        let unit = node.paths.units.join(vmid.to_string());
+        for _ in 0..500 {
+            if !unit.exists() {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        assert!(!unit.exists());
+        assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
+        start(&node, vmid).await;
+        node.shut_down().await;
+    });
+}
+
+#[test]
+fn a_held_lock_fails_with_the_recorded_text() {
+    let dir = tempfile::tempdir().unwrap();
+    runtime().block_on(async {
+        let node = open(&dir.path().join("node"));
+        let held = node.lock_ct(100).await.unwrap();
+        let text = "can't lock file '/run/lock/lxc/pve-config-100.lock' - got timeout";
+        assert_eq!(node.lock_ct(100).await.unwrap_err(), text);
+        node.lock_ct(101).await.unwrap();
+        drop(held);
+        node.lock_ct(100).await.unwrap();
+    });
+}
+
+#[test]
+fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("node");
+    let options = |name: &str| Options {
+        root: root.clone(),
+        name: name.into(),
+        profile: Profile { kind: Kind::Instant, scale: 1.0 },
+    };
+    let node = open(&root);
+    let error = Node::open(&options("pve1"), String::new()).err().unwrap();
+    assert!(error.to_string().contains("in use"), "{error}");
+    let token = fs::read_to_string(root.join("shim-token")).unwrap();
+    assert!(token.starts_with("containerd@pve!shim=") && token.len() == 57, "{token}");
+    drop(node);
+    drop(open(&root));
+    assert_eq!(fs::read_to_string(root.join("shim-token")).unwrap(), token);
+    let error = Node::open(&options("../x"), String::new()).err().unwrap();
+    assert!(error.to_string().contains("host name"), "{error}");
+}

@@ -348,7 +348,13 @@ async fn a_file_gets_both_streams_appended() {
     for word in ["1", "2"] {
         let mut stdio = place.open("", &uri, "", false).await.unwrap();
         let script = format!("echo out{word}; echo err{word} >&2");
-        assert_eq!(end_of(workload(&script, stdio.child_fds().unwrap())).await, 0);
+        let fds = stdio.child_fds().unwrap();
+        for fd in &fds[1..] {
+            let held = File::from(fd.try_clone().unwrap()).metadata().unwrap();
+            assert!(held.file_type().is_fifo(), "the process holds the log itself");
+        }
+        assert_eq!(end_of(workload(&script, fds)).await, 0);
+        stdio.drain(SOON).await;
         stdio.finish();
     }
     assert_eq!(place.text_of("logs/a/log").await, "out1\nerr1\nout2\nerr2\n");

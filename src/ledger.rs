@@ -10,12 +10,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::pidfd;
 
 /// Raised by any change of [`Record`] that an older release can't read.
 const VERSION: u32 = 1;
+/// Each can only fail if another container of the namespace ends at the same instant.
+const CREATE_ATTEMPTS: u32 = 1000;
 
 /// Why the ledger could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -55,10 +59,25 @@ impl RunDir {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn create(&self) -> Result<(), Error> {
         let io = |source| Error::Io { action: "create", path: self.0.clone(), source };
-        if let Some(parent) = self.0.parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
+        let try_once = || {
+            if let Some(parent) = self.0.parent() {
+                match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
+                    // It was there and is gone again; else the next call says what is wrong.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    result => result?,
+                }
+            }
+            DirBuilder::new().mode(0o700).create(&self.0)
+        };
+        // Another shim may just be removing its container, and the directory of the namespace with it.
+        let mut result = try_once();
+        for _ in 0..CREATE_ATTEMPTS {
+            if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                break;
+            }
+            result = try_once();
         }
-        match DirBuilder::new().mode(0o700).create(&self.0) {
+        match result {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Error::Exists { dir: self.0.clone() })
             }
@@ -154,6 +173,35 @@ impl RunDir {
         self.write(&path, &json)
     }
 
+    /// Keeps others from removing the directory, until the lock is dropped; `None` if another has
+    /// it, or the directory is gone. What was read before may be outdated.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn try_lock(&self) -> Result<Option<Flock<File>>, Error> {
+        let io = |source| Error::Io { action: "lock", path: self.0.clone(), source };
+        let directory = match File::open(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            result => result.map_err(io)?,
+        };
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(io(errno.into())),
+        }
+    }
+
+    /// All below `root`, with their containers' ids.
+    #[must_use]
+    pub fn all(root: &Path) -> Vec<(String, Self)> {
+        let below = |directory: &Path| -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+        };
+        let dirs = below(root).into_iter().flat_map(|namespace| below(&namespace));
+        dirs.filter_map(|dir| Some((dir.file_name()?.to_str()?.to_owned(), Self(dir)))).collect()
+    }
+
     /// Reads the record; `None` if the container never got one.
     ///
     /// # Errors
@@ -194,9 +242,18 @@ pub struct Record {
     pub monitor: Option<ProcessId>,
     /// The CT's cgroups, relative to each hierarchy's root; set together with `identity`.
     pub cgroups: Vec<String>,
+    /// Its processes may outlive PID 1: it has no pid namespace of its own.
+    #[serde(default)]
+    pub shares_pids: bool,
 }
 
 impl Record {
+    /// Whether a process of the CT may still run.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        [self.init, self.monitor].into_iter().flatten().any(|process| process.open().is_some())
+    }
+
     /// Where the rootfs is mounted.
     #[must_use]
     pub fn rootfs(&self) -> PathBuf {
@@ -213,6 +270,7 @@ impl Record {
             init: None,
             monitor: None,
             cgroups: Vec::new(),
+            shares_pids: false,
         }
     }
 }
@@ -284,6 +342,22 @@ mod tests {
     }
 
     #[test]
+    fn one_container_comes_while_the_last_other_one_goes() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for id in ["a", "b"] {
+                let dir = RunDir::new(root.path(), "ns", id);
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
     fn a_record_survives_and_a_second_container_of_the_id_is_refused() {
         let (_root, dir) = dir();
         dir.create().unwrap();
@@ -296,6 +370,22 @@ mod tests {
         dir.remove().unwrap();
         dir.remove().unwrap();
         assert!(!dir.path().parent().unwrap().exists(), "empty namespace directory");
+    }
+
+    #[test]
+    fn a_namespace_that_others_empty_meanwhile_is_no_obstacle() {
+        let root = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..4 {
+                let dir = RunDir::new(root.path(), "default", &format!("c{n}"));
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        dir.create().unwrap();
+                        dir.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -61,6 +61,13 @@ impl Streams {
         if self.master.is_none() {
             return Ok(());
         }
+        // An image or a volume could have it cover a file of procfs that the runtime relies on.
+        if root.is_link("/dev/console").attempt(|| "inspect \"/dev/console\"")? {
+            return Err(Error::Refused {
+                object: "\"/dev/console\"".to_owned(),
+                reason: "is a symbolic link",
+            });
+        }
         let target =
             root.target("/dev/console", Kind::File).attempt(|| "create \"/dev/console\"")?;
         sys::clone_mount(sys::stdio(0), false)

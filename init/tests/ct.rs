@@ -412,6 +412,19 @@ fn a_terminal_is_the_cts_own() {
 }
 
 #[test]
+fn a_linked_console_is_refused() {
+    needs_ct!();
+    let mut ct = Ct::new();
+    let mut setup = setup(&["true"]);
+    setup.links.push(("/proc/sys/kernel/core_pattern".to_owned(), "/dev/console".to_owned()));
+    setup.process.terminal = Some(WindowSize::default());
+    let (reply, _) = ct.set_up(&setup, &[], &[]);
+    let Reply::Failed { message } = reply else { panic!("{reply:?}") };
+    assert_eq!(message, "\"/dev/console\" is a symbolic link");
+    ct.wait();
+}
+
+#[test]
 fn stdio_pipes_belong_to_the_user() {
     needs_ct!();
     let mut ct = Ct::new();

@@ -4,53 +4,87 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
 use super::{Error, RuntimeOptions, Target, input, socket};
-use crate::task::teardown::{self, Reclaimed};
+use crate::task::container::Ended;
+use crate::task::teardown;
 use crate::{config, events};
 
 /// containerd waits 5 s in all and then publishes an exit status of 255.
 const LIMIT: Duration = Duration::from_secs(4);
 
-/// Returns the encoded `DeleteResponse`. May be repeated, also after a regular Delete.
-pub(super) fn run(target: &Target) -> Result<Vec<u8>, Error> {
+/// What became of a container.
+#[derive(Debug)]
+pub(super) struct Deleted {
+    /// The encoded `DeleteResponse`.
+    pub(super) reply: Vec<u8>,
+    /// What could not be removed now. The next shim on the node tries again: containerd does not
+    /// if it has a reply, and without one the status would be lost.
+    pub(super) left: Option<Error>,
+}
+
+/// May be repeated, also after a regular Delete.
+pub(super) fn run(target: &Target) -> Result<Deleted, Error> {
     let bundle = super::bundle(target)?;
     let reclaimed = within(LIMIT, target, bundle.clone());
     // Also after a failure: nobody else removes a shim's socket.
     remove_socket(target, &bundle);
-    let reclaimed = reclaimed?;
+    let (ended, left) = reclaimed?;
     let mut response = DeleteResponse::new();
-    response.pid = reclaimed.pid;
-    response.exit_status = reclaimed.exit.status.0;
-    response.exited_at = MessageField::some(events::timestamp(reclaimed.exit.at));
-    Ok(response.write_to_bytes()?)
+    response.pid = ended.pid;
+    response.exit_status = ended.exit.status.0;
+    response.exited_at = MessageField::some(events::timestamp(ended.exit.at));
+    Ok(Deleted { reply: response.write_to_bytes()?, left })
 }
 
 /// Reclaims in a thread of its own, so that not even a system call that hangs (on a dead storage,
 /// say) keeps containerd waiting. What it has done by then stays done.
-fn within(limit: Duration, target: &Target, bundle: PathBuf) -> Result<Reclaimed, Error> {
+fn within(
+    limit: Duration,
+    target: &Target,
+    bundle: PathBuf,
+) -> Result<(Ended, Option<Error>), Error> {
+    let until = Instant::now() + limit;
     let (done, wait) = mpsc::channel();
+    let (known, status) = mpsc::channel();
     let (namespace, id) = (target.namespace.to_string(), target.id.to_string());
     let options = kept_options(&bundle)?;
     let work = move || {
-        let _ = done.send(reclaim(options, &namespace, &id));
+        let known = |ended| {
+            let _ = known.send(ended);
+        };
+        let _ = done.send(reclaim(options, &namespace, &id, &bundle, known));
     };
     thread::Builder::new().spawn(work).map_err(Error::Runtime)?;
-    wait.recv_timeout(limit).map_err(|_| Error::ReclaimSlow { id: target.id.to_string(), limit })?
+    let left = wait
+        .recv_timeout(until.saturating_duration_since(Instant::now()))
+        .unwrap_or_else(|_| Err(Error::ReclaimSlow { id: target.id.to_string(), limit }))
+        .err();
+    match (status.try_recv(), left) {
+        (Ok(ended), left) => Ok((ended, left)),
+        (Err(_), Some(error)) => Err(error),
+        (Err(_), None) => Err(Error::ReclaimSlow { id: target.id.to_string(), limit }),
+    }
 }
 
-fn reclaim(options: Option<RuntimeOptions>, namespace: &str, id: &str) -> Result<Reclaimed, Error> {
+fn reclaim(
+    options: Option<RuntimeOptions>,
+    namespace: &str,
+    id: &str,
+    bundle: &Path,
+    known: impl FnOnce(Ended),
+) -> Result<(), Error> {
     let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
     let config = config::Config::for_options(options).map_err(|e| Error::Config(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let reclaimed = runtime.block_on(teardown::reclaim(&config, namespace, id));
+    let reclaimed = runtime.block_on(teardown::reclaim(&config, namespace, id, bundle, known));
     runtime.shutdown_background();
     reclaimed.map_err(|e| Error::Reclaim { id: id.to_string(), reason: crate::task::sentence(&e) })
 }

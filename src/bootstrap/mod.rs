@@ -3,7 +3,7 @@
 //!
 //! containerd reads stdout and stderr of an action as one stream and takes it for the reply (or, if
 //! the exit status is not 0, for the error message). So an action here returns its reply or its
-//! error, and only [`main`] writes: the one, or the other, nothing else.
+//! error, and only [`main`] writes.
 //!
 //! Sources: containerd's `docs/runtime-v2.md`, `pkg/shim`, and `api/runtime/bootstrap/v1`.
 
@@ -101,7 +101,7 @@ pub enum Error {
         reason: String,
     },
     /// containerd's patience is limited.
-    #[error("cleaning up container {id} took longer than {} s; it is tried again when containerd starts", .limit.as_secs())]
+    #[error("cleaning up container {id} took longer than {} s; the next shim on this node tries again", .limit.as_secs())]
     ReclaimSlow {
         /// The container.
         id: String,
@@ -131,7 +131,13 @@ pub fn main() -> ExitCode {
             started.commit();
             Ok(())
         }),
-        Invocation::Delete(target) => delete::run(&target).and_then(|bytes| reply(&bytes)),
+        Invocation::Delete(target) => delete::run(&target).and_then(|deleted| {
+            // Of this action alone containerd reads the two streams apart, and logs this one.
+            if let Some(left) = &deleted.left {
+                let _ = io::stderr().lock().write_all(sentence(left).as_bytes());
+            }
+            reply(&deleted.reply)
+        }),
         // Has no reply and nobody who reads its stderr.
         Invocation::Serve(target) => return serve::run(&target),
     };

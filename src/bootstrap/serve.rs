@@ -124,9 +124,6 @@ fn set_up(
     // A session of its own: signals to containerd's terminal or process group are not for us. The
     // process is no group leader, so this cannot fail.
     let _ = nix::unistd::setsid();
-    // What a dying helper leaves behind stays visible below the shim.
-    nix::sys::prctl::set_child_subreaper(true)
-        .map_err(|e| system("become the subreaper of the container's processes")(e.into()))?;
     let handover: Handover =
         handover::receive(channel).map_err(system("read what the start action hands over"))?;
 
@@ -206,6 +203,7 @@ async fn serve(
     server.start().await?;
     handover::send(&channel, &Readiness::Ok(()))
         .map_err(system("tell the start action that the shim is ready"))?;
+    tokio::spawn(service.sweep());
     log::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "shim started");
 
     let end = tokio::select! {

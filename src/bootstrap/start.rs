@@ -53,13 +53,12 @@ pub(super) fn run(target: &Target) -> Result<Started, Error> {
     let address = socket::to_address(&path);
     let reply = input::encode(request.protocol, &address)?;
 
+    keep_options(&bundle, &request)?;
     let channel = match socket::bind(&path)? {
         // The shim of this pod, or a start that is repeated.
         Bound::Served => None,
         Bound::Fresh(listener) => {
-            let launched = keep_options(&bundle, &request)
-                .and_then(|()| launch(target, &bundle, listener, request));
-            match launched {
+            match launch(target, &bundle, listener, request) {
                 Ok(channel) => Some(channel),
                 Err(error) => {
                     socket::remove_dead(&path);
@@ -97,7 +96,7 @@ fn grouping(bundle: &Path, id: &str) -> Result<String, Error> {
     Ok(group.unwrap_or_else(|| id.to_string()))
 }
 
-/// For `delete`.
+/// For `delete`, of each container of a pod.
 fn keep_options(bundle: &Path, request: &Request) -> Result<(), Error> {
     let Some(options) = &request.options else { return Ok(()) };
     let mut any = Any::new();

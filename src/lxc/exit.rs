@@ -68,9 +68,8 @@ pub async fn of_init(
     ended(pidfd).await?;
     let at = SystemTime::now();
     let deadline = tokio::time::Instant::now() + RECORD_TIMEOUT;
-    let status = loop {
+    let kernels = loop {
         match pidfd::exit_info(pidfd.as_fd()).map_err(Error::Pidfd)? {
-            Info::Exited(ExitStatus(0 | KILLED)) if may_reboot => break None,
             Info::Exited(status) => break Some(status),
             Info::Unsupported => break None,
             // Bounded like the record: lxc-start may be stopped or frozen.
@@ -78,18 +77,22 @@ pub async fn of_init(
             Info::Running => tokio::time::sleep(REAPED_POLL).await,
         }
     };
-    match status {
-        Some(status) => Ok(Exit { status, at }),
-        None => loop {
-            if let Some(record) = read_record(record)? {
-                break Ok(Exit { status: ExitStatus(record.status), at });
-            }
-            if tokio::time::Instant::now() >= deadline {
+    let doubtful = may_reboot && matches!(kernels, Some(ExitStatus(0 | KILLED)));
+    if let (Some(status), false) = (kernels, doubtful) {
+        return Ok(Exit { status, at });
+    }
+    let recorded = loop {
+        match read_record(record) {
+            Ok(Some(record)) => break Ok(ExitStatus(record.status)),
+            Ok(None) if tokio::time::Instant::now() >= deadline => {
                 break Err(Error::NoRecord { path: record.to_owned() });
             }
-            tokio::time::sleep(RECORD_POLL).await;
-        },
-    }
+            Ok(None) => tokio::time::sleep(RECORD_POLL).await,
+            Err(error) => break Err(error),
+        }
+    };
+    // Without a record (somebody killed lxc-start) the kernel's word is still the likely truth.
+    recorded.or_else(|error| kernels.ok_or(error)).map(|status| Exit { status, at })
 }
 
 /// Waits for the end of a child of the shim and reaps it.
@@ -164,6 +167,19 @@ mod tests {
         let (exit, ()) = tokio::join!(of_init(&fd, &path, true), write);
         assert_eq!(exit.unwrap().status, ExitStatus(129));
         reap.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_kernels_word_is_taken_when_the_record_cannot_be() {
+        let (fd, mut child) = watched("kill -9 $$");
+        child.wait().unwrap();
+        if pidfd::exit_info(fd.as_fd()).unwrap() == Info::Unsupported {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("exit.json");
+        std::fs::write(&path, "{").unwrap();
+        assert_eq!(of_init(&fd, &path, true).await.unwrap().status, ExitStatus(137));
     }
 
     #[test]

@@ -4,6 +4,9 @@ use super::Error;
 use super::document::Document;
 
 const FIELD: &str = "linux.cgroupsPath";
+/// Where Proxmox VE has its guests, by VMID, and LXC its own processes. A container there would share
+/// limits, and its end, with a guest of that number.
+const RESERVED: [&str; 4] = ["lxc", "lxc.monitor", "lxc.pivot", "qemu.slice"];
 
 /// The path below each hierarchy's mount point, without a leading slash.
 ///
@@ -25,6 +28,9 @@ pub(super) fn path(spec: &Document) -> Result<Option<String>, Error> {
         path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     if components.contains(&"..") {
         return Err(Error::invalid(FIELD, "contains \"..\""));
+    }
+    if components.first().is_some_and(|first| RESERVED.contains(first)) {
+        return Err(Error::invalid(FIELD, "is in the cgroups of Proxmox VE's own guests"));
     }
     if components.iter().any(|part| part.len() > 255) || path.len() > 4000 {
         return Err(Error::invalid(FIELD, "is too long for a directory name"));
@@ -109,6 +115,10 @@ mod tests {
             "a/b.slice:p:n",
             "a.slice:p:../n",
             "a.slice:p:",
+            "/lxc/100",
+            "lxc",
+            "//./lxc.monitor/x",
+            "qemu.slice:p:1",
             &"x".repeat(256),
         ] {
             let error = convert(path).unwrap_err();

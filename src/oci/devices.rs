@@ -139,13 +139,18 @@ fn rules(spec: &Document) -> Result<Vec<DeviceRule>, Error> {
                     Error::invalid(format!("{field}.{name}"), "is not a device number")
                 }),
             };
-            Ok(DeviceRule {
-                allow: rule.allow(),
-                kind,
-                major: number("major", rule.major())?,
-                minor: number("minor", rule.minor())?,
-                access,
-            })
+            let (major, minor) = (number("major", rule.major())?, number("minor", rule.minor())?);
+            // Without a type, or with type a, a rule is for all devices whatever else it says; to
+            // deny more than was meant is safe, to allow more is not.
+            let all_of_all =
+                major.is_none() && minor.is_none() && "rwm".chars().all(|c| access.contains(c));
+            if kind == DeviceKind::All && rule.allow() && !all_of_all {
+                return Err(Error::invalid(
+                    format!("{field}.type"),
+                    "must be b or c in a rule that allows only some devices or some access",
+                ));
+            }
+            Ok(DeviceRule { allow: rule.allow(), kind, major, minor, access })
         })
         .collect()
 }
@@ -261,6 +266,14 @@ mod tests {
             (
                 r#"{"resources":{"devices":[{"allow":true,"type":"p","access":"r"}]}}"#,
                 "linux.resources.devices[0].type must be",
+            ),
+            (
+                r#"{"resources":{"devices":[{"allow":true,"major":10,"minor":229,"access":"rwm"}]}}"#,
+                "linux.resources.devices[0].type must be b or c",
+            ),
+            (
+                r#"{"resources":{"devices":[{"allow":true,"type":"a","access":"r"}]}}"#,
+                "linux.resources.devices[0].type must be b or c",
             ),
         ] {
             let error = read_json(linux, false).err().unwrap();

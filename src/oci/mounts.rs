@@ -80,6 +80,29 @@ const OWN_FLAGS: [(u64, u64); 5] = [
     (libc::MS_NOSYMFOLLOW, attr::NOSYMFOLLOW),
 ];
 
+/// Types whose source and options name nothing on the host. The paths of others (a device, overlay's
+/// layers) are the host's in OCI, but init, which is in the container, would find other files by them.
+const WITHOUT_SOURCE: [&str; 18] = [
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "efivarfs",
+    "fusectl",
+    "hugetlbfs",
+    "mqueue",
+    "proc",
+    "pstore",
+    "ramfs",
+    "securityfs",
+    "sysfs",
+    "tmpfs",
+    "tracefs",
+];
+
 const ATIME_FLAGS: u64 =
     libc::MS_NOATIME | libc::MS_NODIRATIME | libc::MS_RELATIME | libc::MS_STRICTATIME;
 
@@ -289,6 +312,12 @@ fn convert(
         return Err(Error::invalid(
             format!("{field}.type"),
             format!("{fstype:?} needs the option \"bind\" or \"rbind\""),
+        ));
+    }
+    if !WITHOUT_SOURCE.contains(&fstype.as_str()) {
+        return Err(Error::unsupported(
+            format!("{field}.type {fstype:?}"),
+            "mount it on the host and give the container a bind mount of it",
         ));
     }
     protect_proc(field, &clean, fstype == "proc")?;
@@ -590,6 +619,14 @@ mod tests {
                 "mounts[0].options \"idmap\" is not supported",
             ),
             (r#"{"destination":"/proc","type":"tmpfs"}"#, "mounts[0].destination must not cover"),
+            (
+                r#"{"destination":"/d","type":"overlay","options":["lowerdir=/a:/b"]}"#,
+                "mounts[0].type \"overlay\" is not supported",
+            ),
+            (
+                r#"{"destination":"/d","type":"ext4","source":"/dev/sda1"}"#,
+                "mounts[0].type \"ext4\" is not supported",
+            ),
             (
                 r#"{"destination":"/proc/./self/attr","type":"tmpfs"}"#,
                 "mounts[0].destination must not cover",

@@ -219,6 +219,15 @@ impl Client {
         self.change(self.ct_call("DELETE", vmid, ""), vmid, "vzdestroy").await
     }
 
+    /// Whether the CT of `identity` exists and is ours.
+    pub async fn is_ours(&self, identity: &Identity) -> Result<bool, Error> {
+        match self.config(identity.vmid).await {
+            Ok(config) => Ok(identity.verify(&config).is_ok()),
+            Err(error) if error.failure() == Some(&Failure::NotFound) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Stops the CT of `identity` and waits for the task, until `deadline`.
     ///
     /// Verifies the identity right before the call, so that no other CT is stopped: then the error

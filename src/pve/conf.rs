@@ -351,6 +351,13 @@ pub enum ClaimError {
     },
 }
 
+impl ClaimError {
+    /// Whether the CT's file may exist because of the failed claim.
+    pub fn may_have_written(&self) -> bool {
+        matches!(self, ClaimError::Write { removal: Some(_), .. })
+    }
+}
+
 fn left(removal: &Option<io::Error>) -> String {
     removal
         .as_ref()

@@ -5,6 +5,7 @@
 pub mod command;
 pub mod mount;
 pub mod pidfd;
+pub mod pipe;
 pub mod socket;
 pub mod tty;
 

@@ -29,6 +29,7 @@ use crate::task::blocking;
 use crate::task::create::{self, CreateRequest, RunningCt};
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
 use crate::task::{Environment, hooks, teardown};
@@ -70,6 +71,12 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Of a container without an actor.
+    #[cfg(test)]
+    pub(crate) fn for_test(view: watch::Receiver<View>) -> Self {
+        Self { commands: mpsc::channel(1).0, view, bundle: PathBuf::new() }
+    }
+
     /// Has the actor carry out a command and awaits its answer.
     ///
     /// # Errors
@@ -86,6 +93,7 @@ impl Handle {
 pub fn spawn(
     env: Arc<Environment>,
     request: CreateRequest,
+    registration: Registration,
 ) -> (Handle, oneshot::Receiver<Result<u32>>) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let (view, viewer) = watch::channel(View::default());
@@ -100,10 +108,12 @@ pub fn spawn(
         processes: BTreeMap::new(),
         paused: false,
         freezing: false,
+        killed: false,
         oom_kills: 0,
         jobs: JoinSet::new(),
         view,
         given_up: Vec::new(),
+        registration: Some(registration),
     };
     tokio::spawn(actor.run(inbox, created));
     (handle, answer)
@@ -123,6 +133,8 @@ struct Process {
     session: Option<init::Session>,
     /// An exec before its start.
     program: Option<Program>,
+    /// Known before [`Self::exit`], which waits for the output.
+    ended: Option<Exit>,
     exit: Option<Exit>,
 }
 
@@ -159,12 +171,16 @@ struct Actor {
     paused: bool,
     /// A pause or resume is under way.
     freezing: bool,
+    /// The init process was sent SIGKILL.
+    killed: bool,
     /// OOM kills that were published.
     oom_kills: u64,
     jobs: JoinSet<Done>,
     view: watch::Sender<View>,
-    /// Deletes that arrived while the container was being created.
+    /// Deletes that wait for one that is under way, or for the end of the creation.
     given_up: Vec<Reply<Ended>>,
+    /// Given back before the last answer: who has it may use the id again.
+    registration: Option<Registration>,
 }
 
 impl Actor {
@@ -234,6 +250,8 @@ impl Actor {
     fn publish_view(&self) {
         self.view.send_modify(|view| {
             view.paused = self.paused;
+            view.leaving = self.cancel.is_cancelled()
+                || matches!(self.phase(INIT), Some(Phase::Deleting | Phase::Deleted));
             view.cgroup = self.ct.as_ref().map(|ct| ct.cgroup.clone());
             view.processes =
                 self.processes.iter().map(|(id, process)| (id.clone(), process.view())).collect();
@@ -275,21 +293,20 @@ impl Actor {
         let mut view = self.view.subscribe();
         self.job(async move {
             let result = async {
-                if let Err(error) = session.go().await {
-                    // It ends by itself. A delete may follow this answer at once, and must find
-                    // it ended.
-                    let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
-                    let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
-                    return Err(error.into());
-                }
-                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running"))
-                    .await
-                    .inspect_err(|_| {
-                        let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
-                    })?;
+                session.go().await?;
+                hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running")).await?;
                 Ok(())
             }
             .await;
+            if let Err(error) = &result {
+                // After a refusal it ends by itself, with a status of its own.
+                if !matches!(error, Error::Init(init::Error::Refused(_))) {
+                    let _ = pidfd::send_signal(ct.pidfd.as_fd(), libc::SIGKILL);
+                }
+                // A delete may follow this answer at once, and must find it ended.
+                let ended = view.wait_for(|v| v.process(INIT).is_none_or(|p| p.exit.is_some()));
+                let _ = tokio::time::timeout(DRAIN_TIMEOUT, ended).await;
+            }
             Done::Started { result, reply }
         });
     }
@@ -365,15 +382,23 @@ impl Actor {
             return;
         }
         answer(reply, signal_one(&pidfd, signal));
-        // The freezer of cgroup v1 keeps a killed process from dying.
-        if self.paused && exec_id == INIT && signal == libc::SIGKILL {
-            self.job(async move {
-                if let Err(error) = ct.cgroup.thaw().await {
-                    log::warn!("thaw after a kill: {error}");
-                }
-                Done::Nothing
-            });
+        if exec_id == INIT && signal == libc::SIGKILL {
+            self.killed = true;
+            // One that is just being frozen is thawed when that is done: the two would fight.
+            if self.paused && !self.freezing {
+                self.thaw_killed(ct);
+            }
         }
+    }
+
+    /// The freezer of cgroup v1 keeps a killed process from dying.
+    fn thaw_killed(&mut self, ct: Arc<RunningCt>) {
+        self.job(async move {
+            if let Err(error) = ct.cgroup.thaw().await {
+                log::warn!("thaw after a kill: {error}");
+            }
+            Done::Nothing
+        });
     }
 
     fn close_io(&mut self, exec_id: &str) -> Result<()> {
@@ -440,6 +465,11 @@ impl Actor {
             Some(Phase::Running | Phase::Starting) => {
                 return answer(reply, Err(self.precondition("is running")));
             }
+            // The first one's client has given up, but it goes on.
+            Some(Phase::Deleting) => {
+                self.given_up.push(reply);
+                return;
+            }
             _ => {}
         }
         if let Err(error) = self.advance(INIT, Phase::Deleting) {
@@ -475,6 +505,7 @@ impl Actor {
             Done::Created { result: Err(error), reply } => {
                 let _ = self.advance(INIT, Phase::Deleted);
                 self.publish_view();
+                self.registration = None;
                 for reply in self.given_up.drain(..) {
                     answer(reply, Ok(killed()));
                 }
@@ -497,6 +528,9 @@ impl Actor {
             }
             Done::Ended { exec_id, exit, oom_kills } => {
                 self.oom(oom_kills);
+                if let Ok(process) = self.process(&exec_id) {
+                    process.ended = Some(exit);
+                }
                 self.drain(exec_id, exit);
             }
             Done::Drained { exec_id, exit } => self.exited(&exec_id, exit),
@@ -506,7 +540,8 @@ impl Actor {
             }
             Done::Paused { result, freeze, reply } => {
                 self.freezing = false;
-                if result.is_ok() {
+                // It may have ended meanwhile, and nothing of the kind may be told after its exit.
+                let result = self.live().and_then(|ct| result.map(|()| ct)).map(|ct| {
                     self.paused = freeze;
                     let container_id = self.id.clone();
                     self.event(if freeze {
@@ -514,7 +549,10 @@ impl Actor {
                     } else {
                         Event::Resumed { container_id }
                     });
-                }
+                    if freeze && self.killed {
+                        self.thaw_killed(ct);
+                    }
+                });
                 self.publish_view();
                 answer(reply, result);
             }
@@ -614,10 +652,7 @@ impl Actor {
         });
         let exec_id = exec_id.to_owned();
         self.job(async move {
-            let exit = exit::of_child(&pidfd).await.unwrap_or_else(|error| {
-                log::error!("the exit status of an exec is lost: {error}");
-                Exit { status: ExitStatus(255), at: SystemTime::now() }
-            });
+            let exit = reap(pidfd).await;
             Done::Ended { exec_id, exit, oom_kills: 0 }
         });
         Ok(pid)
@@ -672,14 +707,28 @@ impl Actor {
             log::error!(container = self.id.as_str(); "delete: {}", sentence(&error));
             let _ = self.advance(INIT, Phase::Stopped);
             self.publish_view();
+            for reply in std::mem::take(&mut self.given_up) {
+                answer(reply, Err(self.precondition("could not be deleted; try again")));
+            }
             return answer(reply, Err(error));
         }
-        let _ = self.advance(INIT, Phase::Deleted);
-        let ended = self
+        // Nobody reads their output any more, but somebody may wait for their exit.
+        let draining: Vec<(String, Exit)> = self
             .processes
-            .get(INIT)
-            .and_then(|p| p.exit.map(|exit| Ended { pid: p.pid, exit }))
-            .unwrap_or_else(killed);
+            .iter()
+            .filter(|(id, process)| *id != INIT && process.exit.is_none())
+            .filter_map(|(id, process)| Some((id.clone(), process.ended?)))
+            .collect();
+        for (exec_id, exit) in draining {
+            self.exited(&exec_id, exit);
+        }
+        let _ = self.advance(INIT, Phase::Deleted);
+        let mut ended = killed();
+        if let Some(process) = self.processes.get_mut(INIT) {
+            // For those who still wait: a task that was never started has ended with its delete.
+            let exit = *process.exit.get_or_insert(ended.exit);
+            ended = Ended { pid: process.pid, exit };
+        }
         self.event(Event::Delete {
             container_id: self.id.clone(),
             id: INIT.to_owned(),
@@ -688,6 +737,10 @@ impl Actor {
             exited_at: ended.exit.at,
         });
         self.publish_view();
+        self.registration = None;
+        for reply in self.given_up.drain(..) {
+            answer(reply, Ok(ended));
+        }
         answer(reply, Ok(ended));
     }
 }
@@ -703,6 +756,7 @@ impl Process {
             stdin_closed: false,
             session: None,
             program: None,
+            ended: None,
             exit: None,
         }
     }
@@ -763,7 +817,7 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     blocking(move || {
         for pid in pids {
             // One that has ended meanwhile does not matter.
-            if let Ok(process) = pidfd::open(pid.cast_signed()) {
+            if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);
             }
         }
@@ -772,14 +826,41 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     .await
 }
 
+/// Reaps a child of the shim, even if nobody waits for its status any more: the end of a pid
+/// namespace's init is not told before all processes in it have been reaped.
+async fn reap(pidfd: Arc<AsyncFd<OwnedFd>>) -> Exit {
+    let lost = || Exit { status: ExitStatus(255), at: SystemTime::now() };
+    let reaped = tokio::spawn(async move { exit::of_child(&pidfd).await }).await;
+    match reaped {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(error)) => {
+            log::error!("the exit status of an exec is lost: {error}");
+            lost()
+        }
+        // The runtime ends.
+        Err(_) => lost(),
+    }
+}
+
 /// Starts an exec up to and including its `execve`.
+/// The `oom_score_adj` of the container's own process if it is above the shim's, which an exec would
+/// otherwise keep: containerd protects its shims, and the kernel would end the container rather than a
+/// greedy exec. Raising the value needs no capability.
+fn oom_score_adj(pid: i32) -> Option<i32> {
+    let read = |process: &str| -> Option<i32> {
+        let text = std::fs::read_to_string(format!("/proc/{process}/oom_score_adj")).ok()?;
+        text.trim().parse().ok()
+    };
+    read(&pid.to_string()).filter(|score| read("self").is_some_and(|own| *score > own))
+}
+
 async fn run_exec(
     env: &Environment,
     ct: &RunningCt,
     id: &str,
     exec_id: &str,
     request: StdioRequest,
-    program: Program,
+    mut program: Program,
 ) -> Result<StartedExec> {
     let context = env.stdio_context(id, Some(exec_id), &ct.bundle);
     let mut stdio = Stdio::open(&request, &context).await?;
@@ -787,7 +868,14 @@ async fn run_exec(
         let (cgroup, pid) = (ct.cgroup.clone(), ct.pid);
         let init = ct.pidfd.get_ref().try_clone();
         let init = init.map_err(|source| Error::Io { action: "copy the pidfd of init", source })?;
-        let (kind, files) = blocking(move || Ok(cgroup.exec_files(pid)?)).await?;
+        let inherits = program.oom_score_adj.is_none();
+        let (kind, files, score) = blocking(move || {
+            let score = if inherits { oom_score_adj(pid) } else { None };
+            let (kind, files) = cgroup.exec_files(pid)?;
+            Ok((kind, files, score))
+        })
+        .await?;
+        program.oom_score_adj = program.oom_score_adj.or(score);
         (kind, files, init)
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
@@ -809,9 +897,8 @@ async fn run_exec(
             Ok(StartedExec { pid: pid.unsigned_abs(), pidfd: Arc::new(watch(pidfd)?), stdio })
         }
         Err((error, pidfd)) => {
-            // It ends by itself and is our child.
-            let pidfd = watch(pidfd)?;
-            let _ = tokio::time::timeout(DRAIN_TIMEOUT, exit::of_child(&pidfd)).await;
+            // It ends by itself.
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT, reap(Arc::new(watch(pidfd)?))).await;
             Err(error.into())
         }
     }

@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Vmid};
-use crate::ledger::{ProcessId, Record, RunDir, Stat};
+use crate::ledger::{self, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::config::CgroupVersion;
 use crate::lxc::detached::DetachedMount;
@@ -30,6 +30,9 @@ use crate::task::{Environment, blocking, describe, hooks, teardown};
 
 /// The stop hook's record is waited for no longer when only the OOM count is of interest.
 const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How often an update is tried while others change the configuration.
+const UPDATE_ATTEMPTS: u32 = 5;
 
 /// containerd's request, in the words of this project.
 #[derive(Debug, Clone)]
@@ -83,9 +86,21 @@ pub async fn create(
 ) -> Result<Created> {
     let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
     // Not undone: what exists under this name belongs to another container.
-    {
+    let make = || {
         let dir = dir.clone();
-        blocking(move || Ok(dir.create()?)).await?;
+        blocking(move || Ok(dir.create()?))
+    };
+    match make().await {
+        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
+            let limit = request.config.proxmox.task_timeout;
+            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit)
+                .await?
+            {
+                return Err(exists);
+            }
+            make().await?;
+        }
+        result => result?,
     }
     let mut building =
         Building { record: Record::new(request.bundle.clone()), dir, env, request, cancel };
@@ -138,6 +153,7 @@ impl Building {
 
         let pid = connected.pid;
         self.record.hooks_ran = plan.hooks != Hooks::default();
+        self.record.shares_pids = plan.namespaces.pid != Namespace::New;
         self.record.init = Some(ProcessId::of(pid)?);
         self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
         self.save().await?;
@@ -203,38 +219,49 @@ impl Building {
         let config = self.request.config.clone();
         let (namespace, id) = (self.env.namespace.clone(), self.request.id.clone());
         let (dir, mut record, plan) = (self.dir.clone(), self.record.clone(), plan.clone());
-        let (identity, record) = blocking(move || {
-            let (install_id, boot_id) =
-                (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
-            let range = config.ct.vmid_range;
-            for _ in 0..range.len() {
-                let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
-                let identity = Identity {
-                    install_id,
-                    vmid,
-                    namespace: namespace.clone(),
-                    container_id: id.clone(),
-                    nonce: Id128::random()
-                        .map_err(|source| Error::Io { action: "get random bytes", source })?,
-                    boot_id,
-                };
-                record.identity = Some(identity.to_string());
-                record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
-                dir.save(&record)?;
-                let text = describe::ct(&config, &plan, &identity, &dir)
-                    .render()
-                    .map_err(ClaimError::from)?;
-                match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
-                    Ok(_) => return Ok((identity, record)),
-                    Err(ClaimError::Exists { .. }) => {}
-                    Err(error) => return Err(error.into()),
+        let (record, claimed) = blocking(move || {
+            let mut claim = || {
+                let (install_id, boot_id) =
+                    (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
+                let range = config.ct.vmid_range;
+                for _ in 0..range.len() {
+                    let vmid = pve::conf::next_vmid(range, &config.paths.run_dir)?;
+                    let identity = Identity {
+                        install_id,
+                        vmid,
+                        namespace: namespace.clone(),
+                        container_id: id.clone(),
+                        nonce: Id128::random()
+                            .map_err(|source| Error::Io { action: "get random bytes", source })?,
+                        boot_id,
+                    };
+                    record.identity = Some(identity.to_string());
+                    record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
+                    dir.save(&record)?;
+                    let text = describe::ct(&config, &plan, &identity, &dir)
+                        .render()
+                        .map_err(ClaimError::from)?;
+                    match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {
+                        Ok(_) => return Ok(identity),
+                        // Nothing was written, so nothing needs to be undone.
+                        Err(error) if !error.may_have_written() => {
+                            (record.identity, record.cgroups) = (None, Vec::new());
+                            match error {
+                                ClaimError::Exists { .. } => {}
+                                error => return Err(error.into()),
+                            }
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
                 }
-            }
-            Err(ClaimError::RangeFull { range }.into())
+                Err(ClaimError::RangeFull { range }.into())
+            };
+            let claimed = claim();
+            Ok((record, claimed))
         })
         .await?;
         self.record = record;
-        Ok(identity)
+        claimed
     }
 
     /// Everything that lxc-start will read.
@@ -389,13 +416,22 @@ impl RunningCt {
         if changes.is_empty() {
             return Ok(());
         }
-        let shown = self.pve.config(self.vmid).await?;
-        self.identity
-            .verify(&shown)
-            .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
         let changes: Vec<(&str, &str)> =
             changes.iter().map(|(key, value)| (*key, value.as_str())).collect();
-        Ok(self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await?)
+        for attempt in 1.. {
+            let shown = self.pve.config(self.vmid).await?;
+            self.identity
+                .verify(&shown)
+                .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
+            match self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await {
+                // Another update, or an administrator, was faster.
+                Err(error)
+                    if error.failure() == Some(&pve::Failure::DigestMismatch)
+                        && attempt < UPDATE_ATTEMPTS => {}
+                result => return Ok(result?),
+            }
+        }
+        Ok(())
     }
 
     /// What init is told to do.

@@ -182,19 +182,43 @@ fn pve_code(error: &pve::Error) -> Code {
     }
 }
 
-/// An error and its causes in one line. A cause that the error's own text ends with is not
-/// repeated.
+/// An error and its causes in one line. A cause that the text already tells is not repeated.
 #[must_use]
 pub fn sentence(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         let words = cause.to_string();
-        if !text.ends_with(&words) {
+        // Some texts have the system's words in lower case and without the number.
+        let plain = words.split(" (os error ").next().unwrap_or_default();
+        if !text.to_lowercase().contains(&plain.to_lowercase()) {
             text.push_str(": ");
             text.push_str(&words);
         }
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let denied = || io::Error::from_raw_os_error(nix::libc::EACCES);
+        let path = PathBuf::from("/p");
+        let read_only = Error::from(ClaimError::NoQuorum { path: path.clone(), source: denied() });
+        let stdio = Error::from(crate::task::stdio::Error::Open {
+            stream: "stdout",
+            path: path.clone(),
+            source: denied(),
+        });
+        for error in [read_only, stdio] {
+            let text = sentence(&error);
+            assert_eq!(text.to_lowercase().matches("permission denied").count(), 1, "{text}");
+        }
+        let plain = Error::from(ledger::Error::Io { action: "read", path, source: denied() });
+        assert_eq!(sentence(&plain), "read /p: Permission denied (os error 13)");
+    }
 }

@@ -20,6 +20,7 @@ pub mod describe;
 pub mod error;
 pub mod hooks;
 pub mod phase;
+pub mod registry;
 pub mod service;
 pub mod stdio;
 pub mod teardown;

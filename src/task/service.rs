@@ -1,8 +1,7 @@
 //! The ttrpc edge: protobuf in, protobuf out, and nothing else.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -11,7 +10,6 @@ use containerd_shim_protos::protobuf::well_known_types::{any::Any, timestamp::Ti
 use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::types::task::{ProcessInfo, Status};
-use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::config::{Config, ConfigError, RuntimeOptions};
@@ -24,38 +22,36 @@ use crate::task::container::{self, Command, Handle};
 use crate::task::create::CreateRequest;
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
+use crate::task::registry::Registry;
 use crate::task::stdio::StdioRequest;
+use crate::task::teardown;
 use crate::task::view::{INIT, ProcessView, View};
 
 /// The Task service of one shim.
 pub struct Service {
     env: Arc<Environment>,
-    containers: Mutex<HashMap<String, Handle>>,
-    finished: CancellationToken,
+    containers: Arc<Registry>,
 }
 
 impl Service {
     #[must_use]
     pub fn new(env: Environment) -> Arc<Self> {
-        Arc::new(Self {
-            env: Arc::new(env),
-            containers: Mutex::default(),
-            finished: CancellationToken::new(),
-        })
+        Arc::new(Self { env: Arc::new(env), containers: Arc::default() })
     }
 
     /// Resolves when containerd has asked the shim to end and no task is left.
     pub async fn finished(&self) {
-        self.finished.cancelled().await;
+        self.containers.finished().await;
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
-        // Nothing panics while it holds the lock.
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Removes what dead shims left behind on this node.
+    pub fn sweep(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let env = self.env.clone();
+        async move { teardown::sweep(&env.config, &env.pve).await }
     }
 
     fn handle(&self, id: &str) -> Result<Handle> {
-        self.containers().get(id).cloned().ok_or_else(|| Error::NotFound { id: id.to_owned() })
+        self.containers.get(id)
     }
 
     async fn create(&self, request: api::CreateTaskRequest) -> Result<u32> {
@@ -63,6 +59,13 @@ impl Service {
             return Err(Error::Unimplemented(
                 "checkpoint: restoring from a checkpoint is not supported",
             ));
+        }
+        // It names a directory that is removed later. containerd's own rule is stricter.
+        if matches!(request.id.as_str(), "" | "." | "..") || request.id.contains(['/', '\0']) {
+            return Err(Error::Argument {
+                field: "id",
+                reason: format!("{:?} is no name", request.id),
+            });
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
         let id = request.id.clone();
@@ -79,23 +82,10 @@ impl Service {
             config,
             pve,
         };
-        let created = {
-            let mut containers = self.containers();
-            if containers.contains_key(&id) {
-                return Err(Error::Exists { what: "container", id });
-            }
-            let (handle, created) = container::spawn(self.env.clone(), create);
-            containers.insert(id.clone(), handle);
-            created
-        };
-        match created.await {
-            Ok(Ok(pid)) => Ok(pid),
-            Ok(Err(error)) => {
-                self.containers().remove(&id);
-                Err(error)
-            }
-            Err(_) => Err(Error::ShuttingDown),
-        }
+        let created = self
+            .containers
+            .add(&id, |registration| container::spawn(self.env.clone(), create, registration))?;
+        created.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
     /// The shim's configuration, or the one that the request's options name.
@@ -162,23 +152,19 @@ impl Service {
 
     async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>> {
         let view = self.handle(id)?.view.borrow().clone();
-        let cgroup = view.cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = view.cgroup.clone().ok_or_else(|| not_created(id))?;
         let pids = blocking(move || Ok(cgroup.pids()?)).await?;
         Ok(pids.into_iter().map(|pid| process_info(pid, &view)).collect())
     }
 
     async fn stats(&self, id: &str) -> Result<Any> {
-        let cgroup = self.handle(id)?.view.borrow().cgroup.clone().ok_or(Error::Finished)?;
+        let cgroup = self.handle(id)?.view.borrow().cgroup.clone();
+        let cgroup = cgroup.ok_or_else(|| not_created(id))?;
         blocking(move || Ok(cgroup.metrics()?)).await
     }
 
     async fn delete(&self, id: &str, exec_id: String) -> Result<container::Ended> {
-        let of_init = exec_id == INIT;
-        let ended = self.handle(id)?.ask(|reply| Command::Delete { exec_id, reply }).await?;
-        if of_init {
-            self.containers().remove(id);
-        }
-        Ok(ended)
+        self.handle(id)?.ask(|reply| Command::Delete { exec_id, reply }).await
     }
 }
 
@@ -384,12 +370,13 @@ impl Task for Service {
         _: &TtrpcContext,
         _: api::ShutdownRequest,
     ) -> ttrpc::Result<api::Empty> {
-        // A shim with tasks stays: ending now would leave CTs that nobody watches.
-        if self.containers().is_empty() {
-            self.finished.cancel();
-        }
+        self.containers.shut_down();
         Ok(api::Empty::new())
     }
+}
+
+fn not_created(id: &str) -> Error {
+    Error::Precondition { id: id.to_owned(), reason: "is not created yet" }
 }
 
 fn empty(result: ttrpc::Result<()>) -> ttrpc::Result<api::Empty> {

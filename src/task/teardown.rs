@@ -1,22 +1,26 @@
 //! Undoes everything that exists because of a container, from its record alone, so that the same
 //! code serves a `Delete`, a failed `Create`, and a `delete` after a crash.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::Flock;
 use nix::libc;
 use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::ledger::{ProcessId, Record, RunDir};
+use crate::lxc::cgroup::Cgroup;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
 use crate::oci;
 use crate::pve;
-use crate::pve::identity::Identity;
+use crate::pve::identity::{self, Identity};
 use crate::sys::pidfd::ExitStatus;
 use crate::sys::{self, pidfd};
+use crate::task::container::Ended;
 use crate::task::error::{Error, Result, sentence};
 use crate::task::{blocking, hooks};
 
@@ -24,6 +28,8 @@ use crate::task::{blocking, hooks};
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
 /// The stop hook needs a few milliseconds; containerd gives a `delete` 5 s in all.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
+/// What a `delete` can spare of its 5 s for the end of lxc-start.
+const RECLAIM_MONITOR_TIMEOUT: Duration = Duration::from_secs(2);
 const DELETE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Removes the CT, the rootfs's mount and the run directory; runs the poststop hooks.
@@ -47,17 +53,15 @@ pub async fn teardown(
             reason: reason.to_string(),
         })?;
         let deadline = Instant::now() + limit;
-        kill(record).await?;
-        if record.init.is_none() {
-            // The start may be under way, or was cut off: only Proxmox knows.
-            pve.stop_ours(&identity, deadline).await?;
+        kill(record, limit.min(MONITOR_TIMEOUT)).await?;
+        if record.shares_pids && pve.is_ours(&identity).await? {
+            if let Some(container) = record.cgroups.first() {
+                Cgroup::at(container)?.kill_all().await?;
+            }
         }
-        pve.destroy_ours(&identity, deadline).await?;
-        let cgroups = record.cgroups.clone();
-        blocking(move || {
-            Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
-        })
-        .await?;
+        if destroy(pve, record, &identity, deadline).await? {
+            remove_cgroups(record.cgroups.clone()).await?;
+        }
     }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
@@ -66,6 +70,53 @@ pub async fn teardown(
     }
     let dir = dir.clone();
     blocking(move || Ok(dir.remove()?)).await
+}
+
+/// Returns whether the VMID was that of our CT.
+async fn destroy(
+    pve: &pve::Client,
+    record: &Record,
+    identity: &Identity,
+    deadline: Instant,
+) -> Result<bool> {
+    // Without an init the start may be under way, or was cut off: only Proxmox knows.
+    let mut stop = record.init.is_none();
+    loop {
+        let attempt = async {
+            if stop {
+                pve.stop_ours(identity, deadline).await?;
+            }
+            pve.destroy_ours(identity, deadline).await
+        };
+        match attempt.await {
+            Ok(_) => return Ok(true),
+            // Somebody was faster when the VMID was claimed, or has put another CT in our CT's
+            // place. What we started has been killed, and nothing there is ours to remove.
+            Err(error @ pve::Error::NotOurs { .. }) => {
+                log::warn!("{error}");
+                return Ok(false);
+            }
+            // The start has come to its end only now.
+            Err(error)
+                if error.failure() == Some(&pve::Failure::Running) && Instant::now() < deadline =>
+            {
+                stop = true;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn remove_cgroups(cgroups: Vec<String>) -> Result<()> {
+    let names = move || {
+        match cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>()) {
+            // The VMID is free again, so this may be the next CT already.
+            Err(error @ cgroup::Error::InUse { .. }) => log::warn!("{error}"),
+            result => result?,
+        }
+        Ok(())
+    };
+    blocking(names).await
 }
 
 /// Whoever set a network up must get to take it down. A hook that fails does not keep the task.
@@ -90,7 +141,7 @@ async fn poststop(id: &str, bundle: &Path) {
 
 /// Kills PID 1 if it still is the recorded process, and waits until lxc-start has ended: until
 /// then Proxmox counts the CT as running, and the stop hook has not written the status.
-async fn kill(record: &Record) -> Result<()> {
+async fn kill(record: &Record, limit: Duration) -> Result<()> {
     if let Some(init) = record.init.and_then(ProcessId::open) {
         match pidfd::send_signal(init.as_fd(), libc::SIGKILL) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
@@ -100,54 +151,128 @@ async fn kill(record: &Record) -> Result<()> {
         }
     }
     match record.monitor.and_then(ProcessId::open) {
-        Some(monitor) => wait(monitor).await,
+        Some(monitor) => wait(monitor, limit).await,
         None => Ok(()),
     }
 }
 
-async fn wait(process: OwnedFd) -> Result<()> {
+async fn wait(process: OwnedFd, limit: Duration) -> Result<()> {
     let watched =
         sys::watch(process).map_err(|source| Error::Io { action: "watch lxc-start", source })?;
     // Past the deadline Proxmox is asked all the same: it refuses to destroy a running CT, and its
     // error tells more.
-    let _ = tokio::time::timeout_at(Instant::now() + MONITOR_TIMEOUT, exit::ended(&watched)).await;
+    let _ = tokio::time::timeout(limit, exit::ended(&watched)).await;
     Ok(())
 }
 
-/// What `delete` found out about a container whose shim is gone.
-#[derive(Debug)]
-pub struct Reclaimed {
-    pub pid: u32,
-    pub exit: Exit,
-    /// How the cleaning up went. The status is known whether or not Proxmox answers.
-    pub cleanup: Result<()>,
-}
-
 /// Ends and removes a container in a fresh process after its shim has died (or was never there).
+/// `known` is told how it ended as soon as that is known: whether and when Proxmox answers does not
+/// matter to it.
 ///
 /// # Errors
-/// The ledger can't be read: nothing is touched then.
-pub async fn reclaim(config: &Config, namespace: &str, id: &str) -> Result<Reclaimed> {
+/// The ledger can't be read: nothing is touched then, and `known` not called. Or the clean-up
+/// failed.
+pub async fn reclaim(
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    bundle: &Path,
+    known: impl FnOnce(Ended),
+) -> Result<()> {
     let dir = RunDir::new(&config.paths.run_dir, namespace, id);
     let killed =
         Exit { status: ExitStatus(128 + libc::SIGKILL.unsigned_abs()), at: SystemTime::now() };
-    let Some(record) = dir.load()? else {
-        return Ok(Reclaimed { pid: 0, exit: killed, cleanup: dir.remove().map_err(Error::from) });
+    let Some(mut record) = dir.load()? else {
+        known(Ended { pid: 0, exit: killed });
+        return Ok(dir.remove()?);
     };
+    if !same_file(&record.bundle, bundle) {
+        // A container of the same name that belongs to another containerd.
+        known(Ended { pid: 0, exit: killed });
+        return Ok(());
+    }
+    if is_of_another_boot(&record)? {
+        (record.init, record.monitor) = (None, None);
+    }
     let pid = record.init.map_or(0, |init| init.pid.unsigned_abs());
-    let cleanup = kill(&record).await;
+    let ended = kill(&record, RECLAIM_MONITOR_TIMEOUT).await;
     let exit = recorded(&dir, record.init.is_some()).await.unwrap_or(killed);
-    let cleanup = match cleanup {
-        Ok(()) => {
-            async {
-                let pve = pve::Client::new(config)?;
-                teardown(&pve, &dir, &record, id, DELETE_LIMIT).await
-            }
-            .await
-        }
-        failed => failed,
+    known(Ended { pid, exit });
+    ended?;
+    let pve = pve::Client::new(config)?;
+    teardown(&pve, &dir, &record, id, DELETE_LIMIT).await
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    one == other
+        || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
+}
+
+/// Pids and start times mean nothing after a reboot.
+fn is_of_another_boot(record: &Record) -> Result<bool> {
+    let made = record.identity.as_deref().and_then(|marker| Identity::find(marker).ok());
+    Ok(match made {
+        Some(identity) => identity.boot_id != identity::boot_id()?,
+        None => false,
+    })
+}
+
+/// The container in `dir`, if nobody will ask for its removal any more: it has ended, and
+/// containerd has removed its bundle, or has given the bundle to a new container, `next`.
+///
+/// A `delete` leaves such a container behind if Proxmox does not answer in time, as containerd
+/// would not repeat it.
+fn orphan(dir: &RunDir, next: Option<&Path>) -> Result<Option<(Flock<File>, Record)>> {
+    // First the lock, so that the record is not one that somebody is just removing.
+    let Some(lock) = dir.try_lock()? else { return Ok(None) };
+    let Some(record) = dir.load()? else { return Ok(None) };
+    let forgotten = match next {
+        Some(bundle) => same_file(&record.bundle, bundle),
+        None => !record.bundle.exists(),
     };
-    Ok(Reclaimed { pid, exit, cleanup })
+    let ended = !record.is_alive() || is_of_another_boot(&record)?;
+    Ok((forgotten && ended).then_some((lock, record)))
+}
+
+/// Removes what is left of an earlier container of this id and `bundle`. Returns whether there was
+/// one.
+///
+/// # Errors
+/// It can't be removed, or the ledger can't be read.
+pub async fn remove_orphan(
+    pve: &pve::Client,
+    dir: &RunDir,
+    id: &str,
+    bundle: &Path,
+    limit: Duration,
+) -> Result<bool> {
+    let (of, bundle) = (dir.clone(), bundle.to_owned());
+    let Some((_lock, record)) = blocking(move || orphan(&of, Some(&bundle))).await? else {
+        return Ok(false);
+    };
+    log::warn!(container = id; "an earlier container of this id was left behind, removing it");
+    teardown(pve, dir, &record, id, limit).await?;
+    Ok(true)
+}
+
+/// Removes all containers that were left behind on this node. Failures are logged: the next shim
+/// tries again.
+pub async fn sweep(config: &Config, pve: &pve::Client) {
+    let root = config.paths.run_dir.clone();
+    let all = tokio::task::spawn_blocking(move || RunDir::all(&root)).await.unwrap_or_default();
+    for (id, dir) in all {
+        let of = dir.clone();
+        let swept = async {
+            let Some((_lock, record)) = blocking(move || orphan(&of, None)).await? else {
+                return Ok(());
+            };
+            log::warn!(container = id.as_str(); "this container was left behind, removing it");
+            teardown(pve, &dir, &record, &id, config.proxmox.task_timeout).await
+        };
+        if let Err(error) = swept.await {
+            log::warn!(container = id.as_str(); "{}", sentence(&error));
+        }
+    }
 }
 
 /// The status that the stop hook wrote, which it does while lxc-start ends.

@@ -16,6 +16,8 @@ pub const INIT: &str = "";
 pub struct View {
     pub processes: BTreeMap<String, ProcessView>,
     pub paused: bool,
+    /// It is being removed, or its creation is being undone.
+    pub leaving: bool,
     /// Once the CT runs.
     pub cgroup: Option<Arc<Cgroup>>,
 }

@@ -125,7 +125,8 @@ enum Version {
 }
 
 impl Cgroup {
-    /// The cgroups of the CT whose PID 1 is `pid`, a process of this pid namespace.
+    /// The cgroups of the CT whose PID 1 is `pid`, a process of this pid namespace which is still where
+    /// liblxc has put it: later it may have moved itself further down.
     ///
     /// # Errors
     /// [`Error::NotInCt`] if the process is not in a CT's inner cgroup: nothing may then be limited,
@@ -253,14 +254,10 @@ impl Cgroup {
     }
 }
 
-/// The cgroup above the inner one: everything up to the first directory `ns` that has a parent. PID 1
-/// itself may be deeper if it is an init system.
+/// The cgroup above the inner one. The last component decides: a path that a client chose may hold a
+/// directory `ns` of its own, and what is above that one belongs to others.
 fn split_inner(cgroup: &str) -> Option<&str> {
-    let at = cgroup
-        .match_indices("/ns")
-        .map(|(at, _)| at)
-        .find(|&at| at > 0 && matches!(cgroup.as_bytes().get(at + 3), None | Some(b'/')))?;
-    Some(&cgroup[..at])
+    cgroup.strip_suffix(INNER)?.strip_suffix('/').filter(|container| !container.is_empty())
 }
 
 /// Refuses what would name the root or leave it.

@@ -12,12 +12,13 @@ use super::*;
 use crate::oci::plan::{Limit, Resources};
 
 #[test]
-fn the_limit_is_above_the_first_ns() {
+fn the_limit_is_right_above_the_last_component() {
     for (cgroup, expected) in [
         ("/lxc/700/ns", Some("/lxc/700")),
-        ("/lxc/700/ns/init.scope", Some("/lxc/700")),
+        ("/lxc/700/ns/init.scope", None),
         ("/kubepods/burstable/pod1/abc/ns", Some("/kubepods/burstable/pod1/abc")),
-        ("/lxc/700/ns/docker/1/ns", Some("/lxc/700")),
+        // The client's own "ns": what is above it is not this container's.
+        ("/pods/ns/a/ns", Some("/pods/ns/a")),
         ("/lxc/nspawn/ns", Some("/lxc/nspawn")),
         ("/lxc/700/nsx", None),
         ("/ns", None),

@@ -140,7 +140,7 @@ fn device_rules_keep_their_meaning() {
             rule(true, Block, None, "m"),
             rule(false, Char, Some(1), "w"),
         ]),
-        ["deny = a", "allow = c 1:* rwm", "allow = b *:* m", "deny = c 1:* w"]
+        ["deny = a", "allow = c 1:* rm", "allow = b *:* m"]
     );
     assert_eq!(
         lines(&[
@@ -151,6 +151,22 @@ fn device_rules_keep_their_meaning() {
         ]),
         ["allow = a", "deny = b 8:* w"]
     );
+    assert_eq!(
+        lines(&[
+            rule(true, All, None, "rwm"),
+            rule(false, Char, Some(1), "rw"),
+            rule(false, Block, Some(8), "rwm"),
+            rule(true, Char, None, "r"),
+            rule(true, Block, Some(8), "rwm"),
+        ]),
+        ["allow = a", "deny = c 1:* w"]
+    );
+    // No part of a wildcard can be taken back: last must not silently become first.
+    let hole = DeviceRule { minor: Some(229), ..rule(false, Char, Some(10), "rw") };
+    let rules = [rule(true, Char, Some(10), "rwm"), hole.clone()];
+    let error = devices(&mut Config::default(), &rules, CgroupVersion::V2).unwrap_err();
+    assert!(error.to_string().contains("c 10:229") && error.to_string().contains("c 10:*"));
+    assert_eq!(lines(&[rule(true, Char, Some(10), "m"), hole]), ["deny = a", "allow = c 10:* m"]);
 }
 
 /// Every key that may appear.

@@ -6,10 +6,19 @@
 //! would get SIGPIPE), stdin by a writer of its own until `CloseIO` (a reader without a writer would
 //! get an end of file). While nobody reads, writers block when the pipe is full. Terminals are copied.
 //!
+//! The output FIFOs of an exec are the exception: the process gets a pipe, and the shim moves what comes
+//! out of it (see `relay`). An exec may leave processes behind that inherit its output (`sh -c 'server &'`);
+//! with the FIFO itself in their hands the client would wait for its end of file until the last of them
+//! is gone. So the exit of an exec is seen as soon as its own output has been delivered and those others
+//! have been silent for a moment; from then on they get `EPIPE` and `SIGPIPE`, as they do with runc's shim.
+//! The container's first process leaves nobody behind: its pid namespace dies with it, and without one
+//! of its own the shim kills what is left in the cgroup before the exit is seen. It needs no detour.
+//!
 //! Nothing here blocks the runtime: a FIFO is opened through a descriptor that already has both ends,
 //! regular files on the blocking pool.
 
 mod logger;
+mod relay;
 mod terminal;
 mod uri;
 
@@ -28,6 +37,7 @@ use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use logger::Logger;
+use relay::Relay;
 use terminal::{Reader, Terminal, Writer, set_nonblocking};
 use uri::Stream;
 
@@ -77,7 +87,7 @@ pub struct StdioRequest {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Context {
     pub container_id: String,
-    /// `None` for the container's first process.
+    /// `None` for the container's first process, whose output FIFOs are not relayed.
     pub exec_id: Option<String>,
     pub namespace: String,
     /// The logger's working directory, as containerd's shim has it.
@@ -100,6 +110,7 @@ pub struct Stdio {
     size: Option<(u16, u16)>,
     stdin_hold: Option<OwnedFd>,
     output_holds: Vec<OwnedFd>,
+    relays: Vec<Relay>,
     loggers: Vec<Logger>,
 }
 
@@ -207,20 +218,23 @@ impl Stdio {
     }
 
     /// Call it when the process has ended. The future, which borrows nothing, is done when all output has
-    /// been passed on: a terminal's to the last byte, a logger's as far as the logger has ended (for at
-    /// most 2 s). Without either there is nothing to wait for. After `bound` it gives up: some other
-    /// process still has the terminal open, or nobody reads.
+    /// been passed on: a terminal's to the last byte, a relayed stream's until nobody has written for 100 ms
+    /// if others have it open, a logger's as far as the logger has ended (for at most 2 s). Without any
+    /// of them there is nothing to wait for. After `bound` it gives up: some other process still has the
+    /// terminal open, or goes on writing, or nobody reads.
     pub fn drain(&mut self, bound: Duration) -> impl Future<Output = ()> + Send + 'static + use<> {
-        // A logger would wait for the end of these.
+        // A logger or a relay would wait for the end of these.
         self.child = None;
         self.pending = None;
-        let output = self.copied.as_mut().and_then(Terminal::take_output);
+        let terminal = self.copied.as_mut().and_then(Terminal::take_output);
+        let relays = self.relays.iter_mut().filter_map(Relay::ended);
+        let copies: Vec<_> = terminal.into_iter().chain(relays).collect();
         let loggers: Vec<_> = self.loggers.iter().map(|logger| logger.ended(bound)).collect();
         async move {
             let all = async {
-                if let Some(output) = output {
+                for copy in copies {
                     // An error means that it was aborted by `finish`.
-                    let _ = output.await;
+                    let _ = copy.await;
                 }
                 for ended in loggers {
                     ended.await;
@@ -328,8 +342,13 @@ impl Stdio {
         let hold = open(&path, OpenOptions::new().read(true).write(true), libc::O_NONBLOCK)
             .map_err(error)?;
         let fd = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK).map_err(error)?;
-        set_nonblocking(&fd, false).map_err(error)?;
         self.output_holds.push(hold);
+        if context.exec_id.is_some() && !self.terminal {
+            let (relay, fd) = Relay::start(stream, fd).map_err(error)?;
+            self.relays.push(relay);
+            return Ok(Some(Output { fd, pipe: true }));
+        }
+        set_nonblocking(&fd, false).map_err(error)?;
         Ok(Some(Output { fd, pipe: true }))
     }
 }

@@ -121,9 +121,9 @@ async fn read(master: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize>
     }
 }
 
-async fn write_all(master: &AsyncFd<OwnedFd>, mut data: &[u8]) -> io::Result<()> {
+pub(super) async fn write_all(fd: &AsyncFd<OwnedFd>, mut data: &[u8]) -> io::Result<()> {
     while !data.is_empty() {
-        let mut guard = master.writable().await?;
+        let mut guard = fd.writable().await?;
         match guard.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), data)?)) {
             Ok(Err(error)) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
             Ok(written) => data = &data[written?..],

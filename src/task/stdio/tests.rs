@@ -60,14 +60,31 @@ impl Place {
         stderr: &str,
         terminal: bool,
     ) -> Result<Stdio, Error> {
+        self.open_as(None, stdin, stdout, stderr, terminal).await
+    }
+
+    /// An exec, the streams of which are relayed.
+    async fn open_exec(&self, stdin: &str, stdout: &str, stderr: &str) -> Stdio {
+        self.open_as(Some("extra"), stdin, stdout, stderr, false).await.unwrap()
+    }
+
+    async fn open_as(
+        &self,
+        exec_id: Option<&str>,
+        stdin: &str,
+        stdout: &str,
+        stderr: &str,
+        terminal: bool,
+    ) -> Result<Stdio, Error> {
         let request = StdioRequest {
             stdin: stdin.into(),
             stdout: stdout.into(),
             stderr: stderr.into(),
             terminal,
         };
+        let context = Context { exec_id: exec_id.map(str::to_owned), ..self.context() };
         // No open may ever wait for somebody.
-        timeout(SOON, Stdio::open(&request, &self.context())).await.expect("open blocked")
+        timeout(SOON, Stdio::open(&request, &context)).await.expect("open blocked")
     }
 
     async fn text_of(&self, name: &str) -> String {
@@ -129,9 +146,19 @@ async fn empty_streams_are_dev_null() {
 
 #[tokio::test]
 async fn output_goes_to_the_fifos_and_ends_with_finish() {
+    output_arrives(None).await;
+}
+
+#[tokio::test]
+async fn output_of_an_exec_goes_to_the_fifos_and_ends_with_finish() {
+    output_arrives(Some("extra")).await;
+}
+
+async fn output_arrives(exec_id: Option<&str>) {
     let place = Place::new();
     let (out, err) = (place.fifo("out"), place.fifo("err"));
-    let mut stdio = place.open("", &out, &format!("fifo://{err}"), false).await.unwrap();
+    let err_uri = format!("fifo://{err}");
+    let mut stdio = place.open_as(exec_id, "", &out, &err_uri, false).await.unwrap();
     let readers = [client(&out), client(&err)];
     let fds = stdio.child_fds().unwrap();
     assert!(fds.iter().all(is_blocking), "a workload must see blocking descriptors");
@@ -147,11 +174,20 @@ async fn output_goes_to_the_fifos_and_ends_with_finish() {
 
 #[tokio::test]
 async fn a_burst_arrives_whole_although_the_reader_comes_and_goes() {
+    burst_arrives(None).await;
+}
+
+#[tokio::test]
+async fn a_burst_from_an_exec_arrives_whole_although_the_reader_comes_and_goes() {
+    burst_arrives(Some("extra")).await;
+}
+
+async fn burst_arrives(exec_id: Option<&str>) {
     let place = Place::new();
     let out = place.fifo("out");
     let data = pattern();
     fs::write(place.path("data"), &data).unwrap();
-    let mut stdio = place.open("", &out, "", false).await.unwrap();
+    let mut stdio = place.open_as(exec_id, "", &out, "", false).await.unwrap();
     let script = format!("cat {}", place.path("data").display());
     let child = workload(&script, stdio.child_fds().unwrap());
     // Three readers, one after the other, with nobody in between: a restart of containerd.
@@ -168,10 +204,102 @@ async fn a_burst_arrives_whole_although_the_reader_comes_and_goes() {
     }
     let rest = client(&out);
     assert_eq!(end_of(child).await, 0);
+    let start = Instant::now();
+    stdio.drain(SOON).await;
+    assert!(start.elapsed() < SOON, "drain gave up");
     stdio.finish();
     received.extend(all(rest).await);
     assert_eq!(received.len(), data.len());
     assert_eq!(Sha256::digest(&received), Sha256::digest(&data));
+}
+
+#[tokio::test]
+async fn what_an_exec_leaves_behind_loses_the_output_when_the_exec_has_ended() {
+    let place = Place::new();
+    let out = place.fifo("out");
+    let mut stdio = place.open_exec("", &out, "").await;
+    let reader = client(&out);
+    let script = format!(
+        "(trap '' PIPE; read go < {}; echo late; echo status $? > {}) & echo parent; exit 8",
+        place.fifo("go"),
+        place.path("grandchild").display()
+    );
+    assert_eq!(end_of(workload(&script, stdio.child_fds().unwrap())).await, 8);
+    let start = Instant::now();
+    stdio.drain(SOON).await;
+    assert!(start.elapsed() < SOON / 2, "{:?}", start.elapsed());
+    assert!(!reader.is_finished(), "the end must not be seen before the exit");
+    stdio.finish();
+    assert_eq!(all(reader).await, b"parent\n");
+    fs::write(place.path("go"), "\n").unwrap();
+    assert_ne!(place.text_of("grandchild").await, "status 0\n");
+}
+
+#[tokio::test]
+async fn what_ends_right_after_an_exec_is_still_heard() {
+    let place = Place::new();
+    let out = place.fifo("out");
+    let mut stdio = place.open_exec("", &out, "").await;
+    let reader = client(&out);
+    let script = "(sleep 0.03; echo child) & echo parent";
+    assert_eq!(end_of(workload(script, stdio.child_fds().unwrap())).await, 0);
+    stdio.drain(SOON).await;
+    stdio.finish();
+    assert_eq!(all(reader).await, b"parent\nchild\n");
+}
+
+#[tokio::test]
+async fn drain_gives_up_on_a_process_that_never_stops_to_write() {
+    let place = Place::new();
+    let out = place.fifo("out");
+    let mut stdio = place.open_exec("", &out, "").await;
+    let reader = client(&out);
+    let script = "while echo x; do sleep 0.01; done & exit 3";
+    assert_eq!(end_of(workload(script, stdio.child_fds().unwrap())).await, 3);
+    let start = Instant::now();
+    stdio.drain(Duration::from_millis(300)).await;
+    assert!((300..2000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+    stdio.finish();
+    assert!(all(reader).await.starts_with(b"x\n"));
+}
+
+#[tokio::test]
+async fn an_exec_whose_output_nobody_reads_ends_and_is_waited_for_within_bounds() {
+    let place = Place::new();
+    let out = place.fifo("out");
+    let mut stdio = place.open_exec("", &out, "").await;
+    // More than the FIFO takes, less than the FIFO and the pipe.
+    let child = workload("head -c 300000 /dev/zero", stdio.child_fds().unwrap());
+    assert_eq!(end_of(child).await, 0);
+    let start = Instant::now();
+    stdio.drain(Duration::from_millis(300)).await;
+    assert!((300..2000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+    // Nothing is lost before `finish`.
+    let reading = spawn_blocking(move || fs::File::open(out)?.read_exact(&mut [1; 300_000]));
+    timeout(SOON, reading).await.expect("bytes are missing").unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn words_that_nobody_reads_yet_do_not_hold_an_exec() {
+    let place = Place::new();
+    let out = place.fifo("out");
+    let mut stdio = place.open_exec("", &out, "").await;
+    // One after the other: each is relayed alone.
+    let script = "i=0; while [ $i -lt 40 ]; do echo word; sleep 0.01; i=$((i+1)); done";
+    assert_eq!(end_of(workload(script, stdio.child_fds().unwrap())).await, 0);
+    let start = Instant::now();
+    stdio.drain(SOON).await;
+    assert!(start.elapsed() < SOON, "the FIFO is full");
+    let mut reader = fs::File::open(out).unwrap();
+    stdio.finish();
+    let reading = spawn_blocking(move || {
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).map(|_| received)
+    });
+    assert_eq!(
+        timeout(SOON, reading).await.expect("no end of file").unwrap().unwrap(),
+        b"word\n".repeat(40)
+    );
 }
 
 #[tokio::test]
@@ -464,8 +592,8 @@ async fn nothing_stays_open() {
             .filter(|target| target.starts_with(dir))
             .count()
     };
-    for terminal_wanted in [false, true] {
-        let mut stdio = place.open(&input, &out, "", terminal_wanted).await.unwrap();
+    for (exec_id, terminal_wanted) in [(None, false), (None, true), (Some("extra"), false)] {
+        let mut stdio = place.open_as(exec_id, &input, &out, "", terminal_wanted).await.unwrap();
         if terminal_wanted {
             let (master, slave) = terminal();
             stdio.attach_terminal(master).unwrap();
@@ -473,6 +601,6 @@ async fn nothing_stays_open() {
         }
         stdio.finish();
         sleep(Duration::from_millis(20)).await;
-        assert_eq!(open_here(place.0.path()), 0, "terminal: {terminal_wanted}");
+        assert_eq!(open_here(place.0.path()), 0, "{exec_id:?}, terminal: {terminal_wanted}");
     }
 }

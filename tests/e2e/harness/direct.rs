@@ -255,6 +255,7 @@ impl<'a> Driver<'a> {
             id: id.to_owned(),
             bundle,
             address,
+            patience: Duration::from_secs(60),
             client,
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),
@@ -320,6 +321,8 @@ pub struct Shim {
     pub bundle: PathBuf,
     pub address: String,
     pub service: &'static str,
+    /// The deadline of each call.
+    pub patience: Duration,
     client: Client,
     options: Any,
     lower: PathBuf,
@@ -344,7 +347,7 @@ impl Shim {
         request.service = self.service.to_owned();
         request.method = method.to_owned();
         request.payload = message.write_to_bytes().expect("encode the request");
-        request.timeout_nano = 60_000_000_000;
+        request.timeout_nano = self.patience.as_nanos().try_into().unwrap_or(i64::MAX);
         match self.client.request(request) {
             Ok(response) => Ok(Res::parse_from_bytes(&response.payload).expect("decode the reply")),
             Err(ttrpc::Error::RpcStatus(status)) => {

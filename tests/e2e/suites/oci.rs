@@ -27,6 +27,7 @@ cases!("oci":
     missing_bind_source_is_named,
     mount_target_through_a_hostile_symlink_stays_inside,
     host_mounts_propagate_into_a_slave_bind,
+    bind_propagation_is_not_that_of_the_root,
     default_devices,
     added_device_is_usable_and_others_are_not,
     host_network,
@@ -42,6 +43,9 @@ cases!("oci":
     unsupported_field_is_refused_by_its_name,
     start_container_hook_runs_inside,
     root_propagation_is_set,
+    device_rules_with_a_hole_are_refused,
+    exec_is_no_harder_to_kill_than_the_container,
+    limits_stay_below_the_cgroups_path,
 );
 
 fn status(t: &Test, flags: &[&str], field: &str) -> String {
@@ -200,6 +204,21 @@ fn host_mounts_propagate_into_a_slave_bind(t: &Test) {
         process::run(Command::new("umount").arg(&path)).ok();
     }
     assert_eq!(seen.ok().text(), "late");
+}
+
+fn bind_propagation_is_not_that_of_the_root(t: &Test) {
+    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* /volume \\(.*\\) - .*,\\1,p' /proc/self/mountinfo";
+    for (root, own, shared) in [("rshared", "rprivate", false), ("rslave", "rshared", true)] {
+        let (status, text) = t
+            .run_spec(&t.id(own), &["sh", "-c", script], |spec| {
+                spec["linux"]["rootfsPropagation"] = json!(root);
+                let mounts = spec["mounts"].as_array_mut().expect("a list");
+                mounts.push(json!({"destination": "/volume", "type": "bind",
+                    "source": t.file(""), "options": ["rbind", own]}));
+            })
+            .expect("runs");
+        assert_eq!((status, text.contains("shared:")), (0, shared), "{root} {own}: {text:?}");
+    }
 }
 
 // runc applies it before the pivot only, where nothing of it may remain.
@@ -435,4 +454,60 @@ fn start_container_hook_runs_inside(t: &Test) {
         })
         .expect("runs");
     assert!(text.contains("ociVersion"), "{text}");
+}
+
+// The last rule that matches wins in OCI, but the kernel cannot take a device back from a wildcard.
+fn device_rules_with_a_hole_are_refused(t: &Test) {
+    let refusal = t
+        .run_spec(&t.id("a"), &["true"], |spec| {
+            spec["linux"]["resources"]["devices"] = json!([
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "c", "major": 10, "access": "rwm"},
+                {"allow": false, "type": "c", "major": 10, "minor": 229, "access": "rwm"},
+            ]);
+        })
+        .expect_err("a rule that cannot be honoured");
+    assert!(refusal.message.contains("c 10:229"), "{refusal:?}");
+}
+
+fn exec_is_no_harder_to_kill_than_the_container(t: &Test) {
+    let id = t.id("a");
+    let script = "echo 345 > /proc/self/oom_score_adj; trap 'exit 0' TERM; \
+                  while :; do sleep 1000 & wait; done";
+    t.start(&[], &id, &["sh", "-c", script]);
+    eventually("the container has its score", Duration::from_secs(5), || {
+        (t.exec_sh(&id, "cat /proc/1/oom_score_adj").ok().text() == "345").then_some(())
+    });
+    assert_eq!(t.exec_sh(&id, "cat /proc/self/oom_score_adj").ok().text(), "345");
+}
+
+// A path of the client's choice may hold a directory that is called like LXC's own.
+fn limits_stay_below_the_cgroups_path(t: &Test) {
+    let path = format!("/{}/x/ns/{}", t.node.namespace, t.id("a"));
+    let script = "cat /proc/self/cgroup; sleep 1";
+    let (status, _) = t
+        .run_spec(&t.id("a"), &["sh", "-c", script], |spec| {
+            spec["linux"]["cgroupsPath"] = json!(path);
+            spec["linux"]["resources"]["pids"] = json!({"limit": 77});
+            // Seen from the host while it runs.
+            let file = t.file("limits.sh");
+            let find = format!(
+                "for f in $(find /sys/fs/cgroup -path '*/{}/x*' -name pids.max); do \
+                 echo \"${{f##*/x}} $(cat $f)\"; done > {}",
+                t.node.namespace,
+                t.file("limits")
+            );
+            fs::write(&file, format!("#!/bin/sh\n{find}\n")).expect("write the hook");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).expect("chmod");
+            spec["hooks"] = json!({"poststart": [{"path": file}]});
+        })
+        .expect("runs");
+    assert_eq!(status, 0);
+    let seen = fs::read_to_string(t.file("limits")).expect("the hook ran");
+    let limited: Vec<_> = seen.lines().filter(|line| line.ends_with(" 77")).collect();
+    assert_eq!(limited, [format!("/ns/{}/pids.max 77", t.id("a"))], "{seen}");
+    process::run(Command::new("sh").arg("-c").arg(format!(
+        "find /sys/fs/cgroup -depth -type d -path '*/{}/x*' -exec rmdir {{}} + 2>/dev/null; true",
+        t.node.namespace
+    )));
 }

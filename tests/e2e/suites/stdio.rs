@@ -24,6 +24,7 @@ cases!("stdio":
     detached_output_is_read_later_by_attach,
     a_client_that_goes_away_does_not_end_stdin,
     a_grandchild_that_keeps_stdout_does_not_hold_the_exit,
+    without_a_pid_namespace_a_grandchild_does_not_hold_the_exit,
 );
 
 /// The sequence that `probe burst` prints.
@@ -223,6 +224,16 @@ fn a_grandchild_that_keeps_stdout_does_not_hold_the_exit(t: &Test) {
     t.start_idle(&[], &id);
     let started = std::time::Instant::now();
     let out = t.exec_sh(&id, "sleep 1000 & echo parent; exit 8").expect(8);
+    assert_eq!(out.text(), "parent");
+    assert!(started.elapsed() < Duration::from_secs(15), "took {:?}", started.elapsed());
+}
+
+fn without_a_pid_namespace_a_grandchild_does_not_hold_the_exit(t: &Test) {
+    let id = t.id("a");
+    let hosts = format!("pid:/proc/{}/ns/pid", std::process::id());
+    let script = "sleep 1000 & echo parent; exit 8";
+    let started = std::time::Instant::now();
+    let out = t.run(&["--with-ns", &hosts], &id, &["sh", "-c", script]).expect(8);
     assert_eq!(out.text(), "parent");
     assert!(started.elapsed() < Duration::from_secs(15), "took {:?}", started.elapsed());
 }

@@ -801,14 +801,21 @@ fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
     }
 }
 
-/// Each process of the container gets the signal, those of execs too.
+/// Each process of the container gets the signal, those of execs too. PID 1 does so wherever it is:
+/// in the host's cgroup namespace a privileged container can have moved itself out of its cgroup.
 async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     if signal == libc::SIGKILL {
+        // With PID 1 all of its pid namespace ends. It may have ended already.
+        let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
         return Ok(ct.cgroup.kill_all().await?);
     }
-    let cgroup = ct.cgroup.clone();
+    let (cgroup, init) = (ct.cgroup.clone(), ct.pid);
+    let pids = blocking(move || Ok(cgroup.pids()?)).await?;
+    if !pids.contains(&init.unsigned_abs()) {
+        let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
+    }
     blocking(move || {
-        for pid in cgroup.pids()? {
+        for pid in pids {
             // One that has ended meanwhile does not matter.
             if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);

@@ -18,6 +18,8 @@ use crate::sys::pidfd;
 
 /// Raised by any change of [`Record`] that an older release can't read.
 const VERSION: u32 = 1;
+/// Each can only fail if another container of the namespace ends at the same instant.
+const CREATE_ATTEMPTS: u32 = 1000;
 
 /// Why the ledger could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -57,26 +59,29 @@ impl RunDir {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn create(&self) -> Result<(), Error> {
         let io = |source| Error::Io { action: "create", path: self.0.clone(), source };
-        loop {
+        let try_once = || {
             if let Some(parent) = self.0.parent() {
                 match DirBuilder::new().recursive(true).mode(0o700).create(parent) {
-                    // It was there a moment ago.
-                    Err(error)
-                        if error.kind() == io::ErrorKind::AlreadyExists && !parent.exists() =>
-                    {
-                        continue;
-                    }
-                    result => result.map_err(io)?,
+                    // It was there and is gone again; else the next call says what is wrong.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    result => result?,
                 }
             }
-            match DirBuilder::new().mode(0o700).create(&self.0) {
-                // Another shim has removed the namespace's last container in between.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(Error::Exists { dir: self.0.clone() });
-                }
-                result => return result.map_err(io),
+            DirBuilder::new().mode(0o700).create(&self.0)
+        };
+        // Another shim may just be removing its container, and the directory of the namespace with it.
+        let mut result = try_once();
+        for _ in 0..CREATE_ATTEMPTS {
+            if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                break;
             }
+            result = try_once();
+        }
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Error::Exists { dir: self.0.clone() })
+            }
+            result => result.map_err(io),
         }
     }
 

@@ -22,6 +22,8 @@ suites() { # NAME [DIRECTORY]
 if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
+	echo "== init with real LXC, the bootstrap protocol, the simulator and its contract"
+	cargo test --locked --workspace --test ct --test bootstrap --test contract --test lifecycle
 	cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi

@@ -133,6 +133,8 @@ struct Process {
     session: Option<init::Session>,
     /// An exec before its start.
     program: Option<Program>,
+    /// Known before [`Self::exit`], which waits for the output.
+    ended: Option<Exit>,
     exit: Option<Exit>,
 }
 
@@ -175,7 +177,7 @@ struct Actor {
     oom_kills: u64,
     jobs: JoinSet<Done>,
     view: watch::Sender<View>,
-    /// Deletes that arrived while the container was being created.
+    /// Deletes that wait for one that is under way, or for the end of the creation.
     given_up: Vec<Reply<Ended>>,
     /// Given back before the last answer: who has it may use the id again.
     registration: Option<Registration>,
@@ -463,6 +465,11 @@ impl Actor {
             Some(Phase::Running | Phase::Starting) => {
                 return answer(reply, Err(self.precondition("is running")));
             }
+            // The first one's client has given up, but it goes on.
+            Some(Phase::Deleting) => {
+                self.given_up.push(reply);
+                return;
+            }
             _ => {}
         }
         if let Err(error) = self.advance(INIT, Phase::Deleting) {
@@ -521,6 +528,9 @@ impl Actor {
             }
             Done::Ended { exec_id, exit, oom_kills } => {
                 self.oom(oom_kills);
+                if let Ok(process) = self.process(&exec_id) {
+                    process.ended = Some(exit);
+                }
                 self.drain(exec_id, exit);
             }
             Done::Drained { exec_id, exit } => self.exited(&exec_id, exit),
@@ -642,10 +652,7 @@ impl Actor {
         });
         let exec_id = exec_id.to_owned();
         self.job(async move {
-            let exit = exit::of_child(&pidfd).await.unwrap_or_else(|error| {
-                log::error!("the exit status of an exec is lost: {error}");
-                Exit { status: ExitStatus(255), at: SystemTime::now() }
-            });
+            let exit = reap(pidfd).await;
             Done::Ended { exec_id, exit, oom_kills: 0 }
         });
         Ok(pid)
@@ -700,7 +707,20 @@ impl Actor {
             log::error!(container = self.id.as_str(); "delete: {}", sentence(&error));
             let _ = self.advance(INIT, Phase::Stopped);
             self.publish_view();
+            for reply in std::mem::take(&mut self.given_up) {
+                answer(reply, Err(self.precondition("could not be deleted; try again")));
+            }
             return answer(reply, Err(error));
+        }
+        // Nobody reads their output any more, but somebody may wait for their exit.
+        let draining: Vec<(String, Exit)> = self
+            .processes
+            .iter()
+            .filter(|(id, process)| *id != INIT && process.exit.is_none())
+            .filter_map(|(id, process)| Some((id.clone(), process.ended?)))
+            .collect();
+        for (exec_id, exit) in draining {
+            self.exited(&exec_id, exit);
         }
         let _ = self.advance(INIT, Phase::Deleted);
         let mut ended = killed();
@@ -718,6 +738,9 @@ impl Actor {
         });
         self.publish_view();
         self.registration = None;
+        for reply in self.given_up.drain(..) {
+            answer(reply, Ok(ended));
+        }
         answer(reply, Ok(ended));
     }
 }
@@ -733,6 +756,7 @@ impl Process {
             stdin_closed: false,
             session: None,
             program: None,
+            ended: None,
             exit: None,
         }
     }
@@ -777,14 +801,21 @@ fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
     }
 }
 
-/// Each process of the container gets the signal, those of execs too.
+/// Each process of the container gets the signal, those of execs too. PID 1 does so wherever it is:
+/// in the host's cgroup namespace a privileged container can have moved itself out of its cgroup.
 async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
     if signal == libc::SIGKILL {
+        // With PID 1 all of its pid namespace ends. It may have ended already.
+        let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
         return Ok(ct.cgroup.kill_all().await?);
     }
-    let cgroup = ct.cgroup.clone();
+    let (cgroup, init) = (ct.cgroup.clone(), ct.pid);
+    let pids = blocking(move || Ok(cgroup.pids()?)).await?;
+    if !pids.contains(&init.unsigned_abs()) {
+        let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
+    }
     blocking(move || {
-        for pid in cgroup.pids()? {
+        for pid in pids {
             // One that has ended meanwhile does not matter.
             if let Ok(process) = pidfd::open(pid as i32) {
                 let _ = pidfd::send_signal(process.as_fd(), signal);
@@ -793,6 +824,22 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// Reaps a child of the shim, even if nobody waits for its status any more: the end of a pid
+/// namespace's init is not told before all processes in it have been reaped.
+async fn reap(pidfd: Arc<AsyncFd<OwnedFd>>) -> Exit {
+    let lost = || Exit { status: ExitStatus(255), at: SystemTime::now() };
+    let reaped = tokio::spawn(async move { exit::of_child(&pidfd).await }).await;
+    match reaped {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(error)) => {
+            log::error!("the exit status of an exec is lost: {error}");
+            lost()
+        }
+        // The runtime ends.
+        Err(_) => lost(),
+    }
 }
 
 /// Starts an exec up to and including its `execve`.
@@ -850,9 +897,8 @@ async fn run_exec(
             Ok(StartedExec { pid: pid.unsigned_abs(), pidfd: Arc::new(watch(pidfd)?), stdio })
         }
         Err((error, pidfd)) => {
-            // It ends by itself and is our child.
-            let pidfd = watch(pidfd)?;
-            let _ = tokio::time::timeout(DRAIN_TIMEOUT, exit::of_child(&pidfd)).await;
+            // It ends by itself.
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT, reap(Arc::new(watch(pidfd)?))).await;
             Err(error.into())
         }
     }

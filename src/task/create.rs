@@ -31,6 +31,9 @@ use crate::task::{Environment, blocking, describe, hooks, teardown};
 /// The stop hook's record is waited for no longer when only the OOM count is of interest.
 const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// How often an update is tried while others change the configuration.
+const UPDATE_ATTEMPTS: u32 = 5;
+
 /// containerd's request, in the words of this project.
 #[derive(Debug, Clone)]
 pub struct CreateRequest {
@@ -413,13 +416,22 @@ impl RunningCt {
         if changes.is_empty() {
             return Ok(());
         }
-        let shown = self.pve.config(self.vmid).await?;
-        self.identity
-            .verify(&shown)
-            .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
         let changes: Vec<(&str, &str)> =
             changes.iter().map(|(key, value)| (*key, value.as_str())).collect();
-        Ok(self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await?)
+        for attempt in 1.. {
+            let shown = self.pve.config(self.vmid).await?;
+            self.identity
+                .verify(&shown)
+                .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
+            match self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await {
+                // Another update, or an administrator, was faster.
+                Err(error)
+                    if error.failure() == Some(&pve::Failure::DigestMismatch)
+                        && attempt < UPDATE_ATTEMPTS => {}
+                result => return Ok(result?),
+            }
+        }
+        Ok(())
     }
 
     /// What init is told to do.

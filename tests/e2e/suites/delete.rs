@@ -32,7 +32,6 @@ cases!("delete":
     a_client_that_gives_up_leaves_nothing,
     processes_in_the_hosts_pid_namespace_do_not_outlive_a_crash,
     a_failed_poststart_hook_leaves_a_task_that_can_be_deleted,
-    a_crash_at_any_moment_of_a_life_leaves_nothing,
 );
 
 fn a_running_task_is_not_deleted(t: &Test) {
@@ -355,34 +354,4 @@ fn a_failed_poststart_hook_leaves_a_task_that_can_be_deleted(t: &Test) {
     assert_eq!(shim.delete("").expect("delete at once").exit_status, 137);
     shim.finish();
     driver.remove_bundle(&id);
-}
-
-fn a_crash_at_any_moment_of_a_life_leaves_nothing(t: &Test) {
-    let driver = t.driver();
-    for step in 0..24u32 {
-        let id = t.id(&format!("s{step}"));
-        let shim = driver.start(&id, &driver.spec(&id, &["sleep", "1000"]));
-        let pid = shim.connect().expect("connect").shim_pid;
-        let mut life = shim.clone();
-        life.patience = Duration::from_secs(5);
-        let client = std::thread::spawn(move || {
-            let _ = life.create(&Stdio3::default());
-            let _ = life.start("");
-            let _ = life.kill("", 9, true);
-            let _ = life.wait("");
-            let _ = life.delete("");
-        });
-        // Denser at first: that is where the shim does most.
-        std::thread::sleep(Duration::from_millis(u64::from(step * step)));
-        sys::kill(pid, libc::SIGKILL);
-        client.join().expect("the client ends");
-        driver.delete_after_crash(&id);
-        let left: Vec<_> = t.node.remains(&id, std::slice::from_ref(&id));
-        assert!(left.is_empty(), "killed after {} ms: {left:#?}", step * step);
-        assert!(
-            !std::fs::read_to_string("/proc/self/mountinfo")
-                .is_ok_and(|table| table.contains(&shim.bundle.display().to_string()))
-        );
-        driver.remove_bundle(&id);
-    }
 }

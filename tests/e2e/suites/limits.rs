@@ -16,6 +16,7 @@ cases!("limits":
     without_a_limit_there_is_none,
     update_changes_a_running_container,
     update_of_an_exited_container_is_refused,
+    updates_at_once_do_not_refuse_each_other,
     metrics_tell_usage_and_limit,
     processes_of_the_container_are_listed,
     pause_stops_and_resume_continues,
@@ -103,6 +104,21 @@ fn update_changes_a_running_container(t: &Test) {
     assert_eq!(cpu_quota(pid, &id).0, "25000");
     assert_eq!(cgroup_value(pid, &id, "pids", "pids.max", "pids.max"), "50");
     assert_eq!(memory_limit(t, &id), (96 * MIB).to_string(), "what is not named stays");
+}
+
+fn updates_at_once_do_not_refuse_each_other(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&["--cpus", "0.5"], &id);
+    std::thread::scope(|scope| {
+        let id = &id;
+        let updates: Vec<_> = (1..=4)
+            .map(|n| json!({"cpu": {"quota": n * 10_000, "period": 100_000}}))
+            .map(|resources| scope.spawn(move || update(t, id, &resources)))
+            .collect();
+        for update in updates {
+            update.join().expect("no panic").expect("update");
+        }
+    });
 }
 
 fn update_of_an_exited_container_is_refused(t: &Test) {

@@ -4,6 +4,7 @@ use crate::harness::node::Options;
 use crate::harness::test::Test;
 
 mod config;
+mod crash;
 mod delete;
 mod events;
 mod exec;
@@ -78,6 +79,7 @@ pub(crate) use own_node;
 pub fn all() -> Vec<Case> {
     let suites = [
         restart::cases,
+        crash::cases,
         fallback::cases,
         run::cases,
         exit::cases,

@@ -33,7 +33,7 @@ fn a_crash_at_any_moment_of_a_life_leaves_nothing(t: &Test) {
         sys::kill(pid, libc::SIGKILL);
         client.join().expect("the client ends");
         driver.delete_after_crash(&id);
-        let left: Vec<_> = t.node.remains(&id, &[id.clone()]);
+        let left: Vec<_> = t.node.remains(&id, std::slice::from_ref(&id));
         assert!(left.is_empty(), "killed after {} ms: {left:#?}", step * STEP_MS);
         assert!(
             !std::fs::read_to_string("/proc/self/mountinfo")

@@ -686,7 +686,6 @@ impl Actor {
         }
         process.exit = Some(exit);
         let pid = process.pid;
-        let stdio = process.stdio.take();
         if exec_id == INIT {
             self.paused = false;
         }
@@ -698,7 +697,9 @@ impl Actor {
             exited_at: exit.at,
         });
         // Only now do readers see the end of the output.
-        drop(stdio);
+        if let Some(stdio) = self.processes.get_mut(exec_id).and_then(|p| p.stdio.as_mut()) {
+            stdio.finish();
+        }
         self.publish_view();
     }
 

@@ -153,7 +153,13 @@ impl Service {
     async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>> {
         let view = self.handle(id)?.view.borrow().clone();
         let cgroup = view.cgroup.clone().ok_or_else(|| not_created(id))?;
-        let pids = blocking(move || Ok(cgroup.pids()?)).await?;
+        let pids = match view.process(INIT) {
+            // containerd, when it starts, takes a shim that lists no process for one that has leaked,
+            // and removes its task together with the exit status. So an ended container is listed with
+            // the process it had until it is deleted.
+            Some(init) if init.phase == Phase::Stopped => vec![init.pid],
+            _ => blocking(move || Ok(cgroup.pids()?)).await?,
+        };
         Ok(pids.into_iter().map(|pid| process_info(pid, &view)).collect())
     }
 

@@ -28,7 +28,7 @@ mod uri;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::future::Future;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,13 +36,21 @@ use std::time::Duration;
 use log::warn;
 use nix::errno::Errno;
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::unix::pipe;
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 
 use logger::Logger;
 use relay::Relay;
+
+use crate::sys;
 use terminal::{Reader, Terminal, Writer, set_nonblocking};
 use uri::Stream;
+
+/// How often a FIFO of an ended process is looked at, at first and in the end.
+const RELEASE_POLL: Duration = Duration::from_millis(1);
+const RELEASE_POLL_MAX: Duration = Duration::from_millis(50);
 
 /// What can go wrong with stdio.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +121,8 @@ pub struct Stdio {
     size: Option<(u16, u16)>,
     stdin_hold: Option<OwnedFd>,
     output_holds: Vec<OwnedFd>,
+    /// Those of an ended process that still wait for their reader.
+    releases: JoinSet<()>,
     relays: Vec<Relay>,
     loggers: Vec<Logger>,
 }
@@ -251,8 +261,15 @@ impl Stdio {
 
     /// Releases everything: readers see the end of file, loggers get SIGTERM (and SIGKILL 12 s later,
     /// which nobody waits for). Call it when the exit has been published; again does nothing.
+    ///
+    /// What a reader has not read yet stays for it, also if it opens the FIFO only now, until this is
+    /// dropped.
     pub fn finish(&mut self) {
-        *self = Self { terminal: self.terminal, ..Self::default() };
+        let mut releases = std::mem::take(&mut self.releases);
+        for hold in std::mem::take(&mut self.output_holds) {
+            releases.spawn(release(hold));
+        }
+        *self = Self { terminal: self.terminal, releases, ..Self::default() };
     }
 
     fn open_stdin(&mut self, uri: &str) -> Result<Option<Output>, Error> {
@@ -371,6 +388,38 @@ impl Stdio {
         self.relays.push(relay);
         Ok(Output { fd, pipe: true })
     }
+}
+
+/// Lets go of an output FIFO once its reader has everything.
+///
+/// A FIFO that nobody has open forgets its content, and a client may open its end after a short
+/// process has ended. So the hold, which is a reader too, stays while there are bytes in it; and a
+/// writer stays until somebody reads, because a client that opens the FIFO blocking would wait for one.
+async fn release(hold: OwnedFd) {
+    let mut pause = RELEASE_POLL;
+    while pipe_holds_bytes(&hold) {
+        sleep(pause).await;
+        pause = (pause * 2).min(RELEASE_POLL_MAX);
+    }
+    let path = PathBuf::from(format!("/proc/self/fd/{}", hold.as_raw_fd()));
+    let Ok(writer) = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK) else { return };
+    drop(hold);
+    pause = RELEASE_POLL;
+    while has_no_reader(&writer) {
+        sleep(pause).await;
+        pause = (pause * 2).min(RELEASE_POLL_MAX);
+    }
+}
+
+fn pipe_holds_bytes(pipe: &OwnedFd) -> bool {
+    sys::pipe::bytes_waiting(pipe.as_fd()).is_ok_and(|waiting| waiting > 0)
+}
+
+/// poll(2): a pipe's writer has `POLLERR` while nobody has the other end open.
+fn has_no_reader(writer: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok()
+        && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 fn is_fifo(path: &Path) -> io::Result<bool> {

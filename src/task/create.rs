@@ -28,6 +28,8 @@ use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::{Environment, blocking, describe, hooks, teardown};
 
+/// When Proxmox is first asked what became of a start whose init has not connected.
+const START_POLL: Duration = Duration::from_millis(100);
 /// The stop hook's record is waited for no longer when only the OOM count is of interest.
 const OOM_RECORD_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -295,27 +297,26 @@ impl Building {
     async fn start(&self, vmid: Vmid, listener: init::Listener) -> Result<init::Connected> {
         let seconds = self.request.config.ct.start_timeout;
         let connected = listener.accept();
-        let task = {
+        let connected_or_given_up = CancellationToken::new();
+        let guard = connected_or_given_up.clone().drop_guard();
+        let mut task = {
             let (pve, config) = (self.request.pve.clone(), self.request.config.clone());
-            async move {
+            tokio::spawn(async move {
+                // Not broken off in any case: Proxmox would not stop working on it.
                 let upid: Upid = pve.start(vmid).await?;
-                pve.wait(&upid, tokio::time::Instant::now() + config.proxmox.task_timeout).await?;
-                Ok::<_, pve::Error>(())
-            }
+                let deadline = tokio::time::Instant::now() + config.proxmox.task_timeout;
+                let end = async {
+                    // Init is faster than any useful answer.
+                    tokio::time::sleep(START_POLL).await;
+                    pve.wait(&upid, deadline).await
+                };
+                tokio::select! {
+                    biased;
+                    () = connected_or_given_up.cancelled() => Ok(()),
+                    result = end => result,
+                }
+            })
         };
-        let abandoned = CancellationToken::new();
-        let guard = abandoned.clone().drop_guard();
-        // A request in flight is not broken off: Proxmox would not stop working on it.
-        let mut task = tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                result = task => result,
-                () = async {
-                    abandoned.cancelled().await;
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                } => Ok(()),
-            }
-        });
         let timeout = tokio::time::sleep(seconds);
         tokio::pin!(connected, timeout);
         let mut started = false;

@@ -94,7 +94,8 @@ fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
     mounter.finish()?;
     if let Some(flags) = setup.root_propagation {
         // Not of what lies on it: each bind mount has come with its own.
-        sys::set_root_propagation(flags & !libc::MS_REC).attempt(|| "set the root's propagation")?;
+        sys::set_root_propagation(flags & !libc::MS_REC)
+            .attempt(|| "set the root's propagation")?;
     }
     if setup.root_readonly {
         // Last: everything above may create what is missing.

@@ -1,8 +1,9 @@
 //! Undoes everything that exists because of a container, from its record alone, so that the same
 //! code serves a `Delete`, a failed `Create`, and a `delete` after a crash.
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -10,13 +11,14 @@ use nix::fcntl::Flock;
 use nix::libc;
 use tokio::time::Instant;
 
-use crate::config::Config;
+use crate::config::{Config, Vmid};
 use crate::ledger::{ProcessId, Record, RunDir};
 use crate::lxc::cgroup::Cgroup;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
 use crate::oci;
 use crate::pve;
+use crate::pve::conf::ParsedConf;
 use crate::pve::identity::{self, Identity};
 use crate::sys::pidfd::ExitStatus;
 use crate::sys::{self, pidfd};
@@ -258,6 +260,9 @@ pub async fn remove_orphan(
 /// Removes all containers that were left behind on this node. Failures are logged: the next shim
 /// tries again.
 pub async fn sweep(config: &Config, pve: &pve::Client) {
+    if let Err(error) = sweep_earlier_boots(config, pve).await {
+        log::warn!("remove the CTs of an earlier boot: {}", sentence(&error));
+    }
     let root = config.paths.run_dir.clone();
     let all = tokio::task::spawn_blocking(move || RunDir::all(&root)).await.unwrap_or_default();
     for (id, dir) in all {
@@ -273,6 +278,69 @@ pub async fn sweep(config: &Config, pve: &pve::Client) {
             log::warn!(container = id.as_str(); "{}", sentence(&error));
         }
     }
+}
+
+/// Destroys the CTs of this installation that were made before the node was booted. Their run
+/// directories went with the boot, so the marks in their notes are all that is left of them; the
+/// first shim of a boot looks for them, and a file in the new run directory remembers that.
+async fn sweep_earlier_boots(config: &Config, pve: &pve::Client) -> Result<()> {
+    let swept = config.paths.run_dir.join("swept");
+    let (settings, once) = (config.clone(), swept.clone());
+    let found = blocking(move || earlier_boots(&settings, &once)).await?;
+    let mut result = Ok(());
+    for identity in found {
+        log::warn!(
+            container = identity.container_id.as_str(), vmid = identity.vmid.get();
+            "this CT is of an earlier boot, removing it"
+        );
+        let deadline = Instant::now() + config.proxmox.task_timeout;
+        if let Err(error) = pve.destroy_ours(&identity, deadline).await {
+            result = Err(error.into());
+        }
+    }
+    if result.is_err() {
+        // The next shim tries again.
+        blocking(move || {
+            let _ = std::fs::remove_file(&swept);
+            Ok(())
+        })
+        .await?;
+    }
+    result
+}
+
+fn earlier_boots(config: &Config, once: &Path) -> Result<Vec<Identity>> {
+    let io = |action| move |source| Error::Io { action, source };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&config.paths.run_dir)
+        .map_err(io("create the run directory"))?;
+    match File::options().write(true).create_new(true).open(once) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(Vec::new()),
+        result => drop(result.map_err(io("remember that the node has been swept"))?),
+    }
+    let (install_id, boot_id) =
+        (identity::install_id(&config.paths.state_dir)?, identity::boot_id()?);
+    let directory = config.proxmox.pmxcfs.join("lxc");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(io("list the node's CTs"))?.flatten() {
+        let name = entry.file_name();
+        let vmid = name.to_str().and_then(|name| name.strip_suffix(".conf")?.parse().ok());
+        let Some(vmid) = vmid.and_then(Vmid::new) else { continue };
+        if !config.ct.vmid_range.contains(vmid) {
+            continue;
+        }
+        // One that is being removed is none of ours to remove.
+        let Ok(text) = std::fs::read_to_string(entry.path()) else { continue };
+        let notes = ParsedConf::parse(&text).description;
+        found.extend(Identity::find(&notes).ok().filter(|identity| {
+            identity.vmid == vmid
+                && identity.install_id == install_id
+                && identity.boot_id != boot_id
+        }));
+    }
+    Ok(found)
 }
 
 /// The status that the stop hook wrote, which it does while lxc-start ends.

@@ -14,6 +14,9 @@
 //! The container's first process leaves nobody behind: its pid namespace dies with it, and without one
 //! of its own the shim kills what is left in the cgroup before the exit is seen. It needs no detour.
 //!
+//! Files of the host (`file://`) are never given to a process: it gets a pipe, from which the shim
+//! copies, because through the descriptor of a log it could change the log and its mode.
+//!
 //! Nothing here blocks the runtime: a FIFO is opened through a descriptor that already has both ends,
 //! regular files on the blocking pool.
 
@@ -262,8 +265,8 @@ impl Stdio {
         };
         let error = |source| Error::Open { stream: "stdin", path: path.clone(), source };
         if !is_fifo(&path).map_err(error)? {
-            let fd = open(&path, OpenOptions::new().read(true), libc::O_NOCTTY).map_err(error)?;
-            return Ok(Some(Output { fd, pipe: false }));
+            // The process could write to a file that it was given to read (`/proc/self/fd/0`).
+            return Err(Error::Stdin { uri: uri.to_owned() });
         }
         // With both ends open, neither of the next two waits or fails.
         let both = open(&path, OpenOptions::new().read(true).write(true), libc::O_NONBLOCK)
@@ -296,10 +299,13 @@ impl Stdio {
                 Some((stdout, stderr))
             }
             Stream::File(path) if matches!(stderr, Stream::Null) || stderr == stdout => {
-                let fd = open_log("stdout", path.clone()).await?;
-                let error = |source| Error::Open { stream: "stderr", path: path.clone(), source };
-                let again = fd.try_clone().map_err(error)?;
-                Some((Output { fd, pipe: false }, Output { fd: again, pipe: false }))
+                let file = open_log("stdout", path.clone()).await?;
+                let error = |source| Error::Open { stream: "stdout", path: path.clone(), source };
+                // One pipe for both, so that their lines stay in the order they were written.
+                let stdout = self.file_output("stdout", file).map_err(error)?;
+                let fd = stdout.fd.try_clone().map_err(error)?;
+                let stderr = Output { fd, pipe: stdout.pipe };
+                Some((stdout, stderr))
             }
             _ => None,
         };
@@ -324,8 +330,9 @@ impl Stdio {
             Stream::Null => return Ok(None),
             Stream::Path(path) => path,
             Stream::File(path) => {
-                let fd = open_log(stream, path).await?;
-                return Ok(Some(Output { fd, pipe: false }));
+                let file = open_log(stream, path.clone()).await?;
+                let error = |source| Error::Open { stream, path, source };
+                return self.file_output(stream, file).map(Some).map_err(error);
             }
             Stream::Logger(program) => {
                 // Of stderr alone, as stdout has been dealt with: it gets its own stream.
@@ -336,20 +343,33 @@ impl Stdio {
         };
         let error = |source| Error::Open { stream, path: path.clone(), source };
         if !is_fifo(&path).map_err(error)? {
-            let fd = open(&path, OpenOptions::new().append(true), libc::O_NOCTTY).map_err(error)?;
-            return Ok(Some(Output { fd, pipe: false }));
+            let file =
+                open(&path, OpenOptions::new().append(true), libc::O_NOCTTY).map_err(error)?;
+            return self.file_output(stream, file).map(Some).map_err(error);
         }
         let hold = open(&path, OpenOptions::new().read(true).write(true), libc::O_NONBLOCK)
             .map_err(error)?;
         let fd = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK).map_err(error)?;
         self.output_holds.push(hold);
         if context.exec_id.is_some() && !self.terminal {
-            let (relay, fd) = Relay::start(stream, fd).map_err(error)?;
+            let (relay, fd) = Relay::to_fifo(stream, fd).map_err(error)?;
             self.relays.push(relay);
             return Ok(Some(Output { fd, pipe: true }));
         }
         set_nonblocking(&fd, false).map_err(error)?;
         Ok(Some(Output { fd, pipe: true }))
+    }
+}
+
+impl Stdio {
+    /// A file of the host as an output: copied by the shim, never given to the process.
+    fn file_output(&mut self, stream: &'static str, file: OwnedFd) -> io::Result<Output> {
+        if self.terminal {
+            return Ok(Output { fd: file, pipe: false });
+        }
+        let (relay, fd) = Relay::to_file(stream, file)?;
+        self.relays.push(relay);
+        Ok(Output { fd, pipe: true })
     }
 }
 

@@ -1,6 +1,9 @@
-//! Carries an exec's output from a pipe to a client's FIFO.
+//! Carries a process's output from a pipe to a client's FIFO or to a file of the host.
 //!
-//! The bytes are moved by splice(2): the pages that the process has filled go from one pipe into the
+//! A file is never handed to the process itself: through the descriptor it could truncate the log, or
+//! change the mode of what is the host's.
+//!
+//! To a FIFO //! the bytes are moved by splice(2): the pages that the process has filled go from one pipe into the
 //! other, and nobody copies them. Only a few bytes are copied instead, since a spliced page takes one of
 //! the FIFO's 16 places however little it holds: 16 words, each written when the one before had been
 //! moved, would fill a FIFO that nobody reads at the moment.
@@ -16,6 +19,7 @@ use log::warn;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::{pipe2, read};
+use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
 use tokio::task::{AbortHandle, JoinHandle, consume_budget};
 use tokio::time::sleep;
@@ -43,17 +47,30 @@ pub(super) struct Relay {
 
 impl Relay {
     /// Begins to relay to `fifo`, which must be non-blocking, and returns the process's end of the pipe.
-    pub(super) fn start(stream: &'static str, fifo: OwnedFd) -> io::Result<(Self, OwnedFd)> {
+    pub(super) fn to_fifo(stream: &'static str, fifo: OwnedFd) -> io::Result<(Self, OwnedFd)> {
+        Self::start(stream, Sink::Fifo(sys::watch(fifo)?))
+    }
+
+    /// Begins to relay to a regular file or a device, and returns the process's end of the pipe.
+    pub(super) fn to_file(stream: &'static str, file: OwnedFd) -> io::Result<(Self, OwnedFd)> {
+        Self::start(stream, Sink::File(tokio::fs::File::from_std(file.into())))
+    }
+
+    fn start(stream: &'static str, mut sink: Sink) -> io::Result<(Self, OwnedFd)> {
         let (pipe, process_end) = pipe2(OFlag::O_CLOEXEC)?;
         // Refused if the administrator allows less, and then the default will do.
         let _ = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         set_nonblocking(&pipe, true)?;
-        let (pipe, fifo) = (sys::watch(pipe)?, sys::watch(fifo)?);
+        let pipe = sys::watch(pipe)?;
         let process_ended = CancellationToken::new();
         let ended = process_ended.clone();
         let copy = tokio::spawn(async move {
-            if let Err(error) = relay(&pipe, &fifo, &ended).await {
-                warn!("the {stream} of an exec is lost from here on: {error}");
+            let relayed = match relay(&pipe, &mut sink, &ended).await {
+                Ok(()) => sink.flush().await,
+                failed => failed,
+            };
+            if let Err(error) = relayed {
+                warn!("the {stream} of a process is lost from here on: {error}");
             }
         });
         let abort = copy.abort_handle();
@@ -74,9 +91,32 @@ impl Drop for Relay {
     }
 }
 
+/// Where the output goes.
+enum Sink {
+    Fifo(AsyncFd<OwnedFd>),
+    /// Written on the blocking pool: it may lie on a slow disk or on the network.
+    File(tokio::fs::File),
+}
+
+impl Sink {
+    async fn write_all(&mut self, data: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Fifo(fifo) => write_all(fifo, data).await,
+            Self::File(file) => file.write_all(data).await,
+        }
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Fifo(_) => Ok(()),
+            Self::File(file) => file.flush().await,
+        }
+    }
+}
+
 async fn relay(
     pipe: &AsyncFd<OwnedFd>,
-    fifo: &AsyncFd<OwnedFd>,
+    sink: &mut Sink,
     process_ended: &CancellationToken,
 ) -> io::Result<()> {
     let mut buffer = vec![0; COPIED];
@@ -93,7 +133,13 @@ async fn relay(
             readable = pipe.readable() => readable?,
             () = silence => return Ok(()),
         };
-        if can_splice && sys::pipe::bytes_waiting(pipe.as_fd())? >= COPIED {
+        let fifo = match sink {
+            Sink::Fifo(fifo) if can_splice && sys::pipe::bytes_waiting(pipe.as_fd())? >= COPIED => {
+                Some(&*fifo)
+            }
+            _ => None,
+        };
+        if let Some(fifo) = fifo {
             match splice_some(pipe, fifo).await {
                 // A kernel that can't: nothing has been moved.
                 Err(error) if is(&error, Errno::EINVAL) => can_splice = false,
@@ -102,7 +148,7 @@ async fn relay(
         } else {
             match readable.try_io(|pipe| Ok(read(pipe, &mut buffer)?)) {
                 Ok(Ok(0)) => return Ok(()),
-                Ok(Ok(n)) => write_all(fifo, &buffer[..n]).await?,
+                Ok(Ok(n)) => sink.write_all(&buffer[..n]).await?,
                 Ok(Err(error)) if is(&error, Errno::EINTR) => {}
                 Ok(Err(error)) => return Err(error),
                 Err(_would_block) => {}
@@ -158,8 +204,9 @@ mod tests {
             received
         });
         let (pipe, fifo) = (sys::watch(pipe).unwrap(), sys::watch(fifo.into()).unwrap());
-        relay(&pipe, &fifo, &CancellationToken::new()).await.unwrap();
-        drop(fifo);
+        let mut sink = Sink::Fifo(fifo);
+        relay(&pipe, &mut sink, &CancellationToken::new()).await.unwrap();
+        drop(sink);
         writing.await.unwrap();
         assert!(reading.await.unwrap() == expected);
     }

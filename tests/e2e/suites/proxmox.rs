@@ -17,6 +17,7 @@ cases!("proxmox":;
     ct_of_an_ended_container_is_not_running,
     foreign_guests_in_the_range_are_not_touched,
     ct_that_changed_its_owner_is_not_destroyed,
+    cts_of_an_earlier_boot_are_swept_and_only_ours,
     ct_start_in_the_ui_does_not_resurrect,
     unreachable_proxmox_does_not_disturb_a_running_container,
 );
@@ -200,6 +201,47 @@ fn ct_that_changed_its_owner_is_not_destroyed(t: &Test) {
     eventually("the other guest is gone", Duration::from_secs(10), || {
         (!path.exists()).then_some(())
     });
+}
+
+/// After a reboot the run directories are gone, but not the CTs' configuration.
+fn cts_of_an_earlier_boot_are_swept_and_only_ours(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let own = vmid(t, &id);
+    let directory = {
+        let pve = t.node.pve();
+        pve.pmxcfs().join("nodes").join(pve.node()).join("lxc")
+    };
+    let text = fs::read_to_string(directory.join(format!("{own}.conf"))).expect("own CT");
+    let field = |name: &str| {
+        let at = text.find(&format!(" {name}=")).expect(name) + name.len() + 2;
+        text[at..].split_whitespace().next().expect(name).to_owned()
+    };
+    let (install, boot) = (field("install"), field("boot"));
+    let earlier = boot.chars().rev().collect::<String>();
+    let other = install.chars().rev().collect::<String>();
+    let leave = |vmid: u32, install: &str| {
+        let copy = text
+            .replace(&format!("vmid={own}"), &format!("vmid={vmid}"))
+            .replace(&field("install"), install)
+            .replace(&boot, &earlier);
+        let path = directory.join(format!("{vmid}.conf"));
+        fs::write(&path, copy).expect("write a CT of an earlier boot");
+        path
+    };
+    let (first, last) = t.node.vmids;
+    let (ours, theirs) = (leave(last, &install), leave(last - 1, &other));
+    assert!(first < last - 1 && own < last - 1);
+    // As after the boot: no shim has looked yet.
+    fs::remove_file(t.node.root.join("run/swept")).expect("the first shim has looked");
+    let next = t.id("b");
+    t.start_idle(&[], &next);
+    eventually("our CT of the earlier boot is gone", Duration::from_secs(10), || {
+        (!ours.exists()).then_some(())
+    });
+    assert!(theirs.exists(), "a CT of another installation was destroyed");
+    assert_eq!(t.task(&id).map(|(_, status)| status).as_deref(), Some("RUNNING"));
+    fs::remove_file(theirs).expect("remove the other installation's CT");
 }
 
 fn ct_start_in_the_ui_does_not_resurrect(t: &Test) {

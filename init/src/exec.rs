@@ -59,9 +59,14 @@ fn start(channel: &Channel) -> Result<()> {
     for tasks in files {
         File::from(tasks).write_all(b"0").attempt(|| "join a cgroup of the CT")?;
     }
-    sys::enter_namespaces(pidfd.as_fd(), setup.namespaces)
+    // With cgroup2's `nsdelegate`, systemd's choice, a member of a cgroup namespace brings nothing
+    // into it from outside, not even its own child: so only the new process enters that one.
+    let later = match directory {
+        Some(_) => setup.namespaces & libc::CLONE_NEWCGROUP as u32,
+        None => 0,
+    };
+    sys::enter_namespaces(pidfd.as_fd(), setup.namespaces & !later)
         .attempt(|| "enter the namespaces of the CT (is its init still running?)")?;
-    drop(pidfd);
     // The new process must not say anything before Spawned has been sent.
     let (wait, release) = sys::pipe().attempt(|| "create a pipe")?;
     let cloned = sys::clone_sibling(directory.as_ref().map(AsFd::as_fd))
@@ -80,6 +85,11 @@ fn start(channel: &Channel) -> Result<()> {
             if File::from(wait).read_exact(&mut byte).is_err() {
                 return Err(Error::Disconnected);
             }
+            if later != 0 {
+                sys::enter_namespaces(pidfd.as_fd(), later)
+                    .attempt(|| "enter the cgroup namespace of the CT")?;
+            }
+            drop(pidfd);
             Err(become_process(channel, &setup, stdio_fds))
         }
     }

@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
+use crate::harness::direct::Stdio3;
 use crate::harness::process::eventually;
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -9,6 +12,7 @@ use crate::suites::cases;
 cases!("exec":
     prints_on_both_streams_and_returns_the_status,
     sees_the_containers_namespaces,
+    enters_a_cgroup_namespace_of_its_own,
     gets_the_containers_environment,
     takes_a_working_directory,
     takes_a_user,
@@ -39,6 +43,37 @@ fn sees_the_containers_namespaces(t: &Test) {
     let of_exec = t.exec_sh(&id, script).ok().text();
     let of_init = t.exec_sh(&id, &script.replace("self", "1")).ok().text();
     assert_eq!(of_exec, of_init);
+}
+
+// Where cgroup2 is mounted with nsdelegate, the kernel has rules of its own for this.
+fn enters_a_cgroup_namespace_of_its_own(t: &Test) {
+    let id = t.id("a");
+    let driver = t.driver();
+    let mut spec = driver.spec(&id, &["sleep", "1000"]);
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("namespaces");
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    namespaces.push(json!({"type": "cgroup"}));
+    let mut process = spec["process"].clone();
+    let script = "readlink /proc/self/ns/cgroup; readlink /proc/1/ns/cgroup";
+    process["args"] = json!(["sh", "-c", script]);
+    let log = t.file("exec.out");
+    let io = Stdio3 { stdout: format!("file://{log}"), ..Stdio3::default() };
+    let shim = driver.start(&id, &spec);
+    shim.create(&Stdio3::default()).and_then(|_| shim.start("")).expect("start");
+    let outcome = shim
+        .exec("e", &process, &io)
+        .and_then(|()| shim.start("e"))
+        .and_then(|_| shim.wait("e"))
+        .map(|reply| reply.exit_status);
+    shim.finish();
+    driver.remove_bundle(&id);
+    assert_eq!(outcome.expect("exec"), 0);
+    let text = std::fs::read_to_string(&log).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 2, "{text}");
+    assert_eq!(lines[0], lines[1]);
+    let host = std::fs::read_link("/proc/self/ns/cgroup").expect("the host's");
+    assert_ne!(lines[0], host.display().to_string());
 }
 
 fn gets_the_containers_environment(t: &Test) {

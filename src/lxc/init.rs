@@ -252,7 +252,7 @@ fn unexpected(got: &Reply, expected: &'static str) -> Error {
     Error::Unexpected { got: format!("{got:?}"), expected }
 }
 
-/// A sealed anonymous file that holds `value`: a datagram is bounded, this is not.
+/// An anonymous file that holds `value`: a datagram is bounded, this is not.
 ///
 /// # Errors
 /// [`Error::Encode`], [`Error::Socket`].

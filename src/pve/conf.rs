@@ -415,25 +415,6 @@ fn cannot_create(path: PathBuf, vmid: Vmid, source: io::Error) -> ClaimError {
     }
 }
 
-/// Claims the next free VMID of `range`; `text` makes the file's content for a VMID.
-///
-/// At most one attempt per VMID of the range.
-pub fn claim_next(
-    pmxcfs: &Path,
-    range: VmidRange,
-    run_dir: &Path,
-    mut text: impl FnMut(Vmid) -> Result<String, RenderError>,
-) -> Result<(Vmid, PathBuf), ClaimError> {
-    for _ in 0..range.len() {
-        let vmid = next_vmid(range, run_dir)?;
-        match claim(pmxcfs, vmid, &text(vmid)?) {
-            Err(ClaimError::Exists { .. }) => continue,
-            result => return Ok((vmid, result?)),
-        }
-    }
-    Err(ClaimError::RangeFull { range })
-}
-
 /// The VMID to try next: a counter that all shims of the node share, so that parallel creates do not
 /// race for the same VMID, and a VMID is used again as late as possible.
 ///

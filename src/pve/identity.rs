@@ -72,8 +72,6 @@ pub struct Identity {
 /// Begins the line in the notes.
 const MARK: &str = "containerd-shim-proxmox:";
 const VERSION: &str = "v1";
-/// The API's limit for notes; a file may hold more, but then nobody can edit them any more.
-const MAX_NOTES: usize = 8192;
 /// For image names from annotations, which anybody may write.
 const MAX_IMAGE: usize = 512;
 
@@ -137,12 +135,6 @@ impl Identity {
         notes.push_str("\nManaged by containerd. Stop and remove it there.\n\n");
         notes.push_str(&self.to_string());
         notes
-    }
-
-    /// Whether the marker fits into notes that people can still edit. containerd's own limits for
-    /// names (76 characters) are far below.
-    pub fn is_writable(&self) -> bool {
-        self.notes(Some(&"\u{fffd}".repeat(MAX_IMAGE))).chars().count() <= MAX_NOTES
     }
 
     /// Finds the marker in a CT's notes. Other lines may have been edited by people.
@@ -396,7 +388,6 @@ mod tests {
         let notes = ours().notes(Some(&image));
         assert_eq!(Identity::find(&notes), Ok(ours()));
         assert!(notes.len() < 4096);
-        assert!(ours().is_writable());
     }
 
     #[test]

@@ -295,13 +295,29 @@ fn missing_quorum_and_missing_mount_are_told_apart() {
     assert!(matches!(error, ClaimError::NotMounted { .. }), "{error}");
 }
 
+/// What a create does with the counter and the claim.
+fn claim_next(
+    pmxcfs: &Path,
+    range: VmidRange,
+    run_dir: &Path,
+) -> Result<(Vmid, PathBuf), ClaimError> {
+    for _ in 0..range.len() {
+        let vmid = next_vmid(range, run_dir)?;
+        match claim(pmxcfs, vmid, &format!("{vmid}\n")) {
+            Err(ClaimError::Exists { .. }) => {}
+            result => return Ok((vmid, result?)),
+        }
+    }
+    Err(ClaimError::RangeFull { range })
+}
+
 #[test]
 fn vmids_are_taken_in_turn_and_used_ones_skipped() {
     let (dir, run) = (pmxcfs(), tempfile::tempdir().unwrap());
     let run_dir = run.path().join("run");
     let range: VmidRange = "100-102".parse().unwrap();
     std::fs::write(conf_path(dir.path(), id(101)), "").unwrap();
-    let next = || claim_next(dir.path(), range, &run_dir, |vmid| Ok(format!("{vmid}\n")));
+    let next = || claim_next(dir.path(), range, &run_dir);
     let (first, path) = next().unwrap();
     assert_eq!((first, std::fs::read_to_string(path).unwrap().as_str()), (id(100), "100\n"));
     assert_eq!(next().unwrap().0, id(102));
@@ -331,7 +347,7 @@ fn a_corrupt_counter_starts_over() {
 fn parallel_claims_get_different_vmids() {
     let (dir, run) = (pmxcfs(), tempfile::tempdir().unwrap());
     let range: VmidRange = "1000-1999".parse().unwrap();
-    let claim = || claim_next(dir.path(), range, run.path(), |_| Ok("x".into())).unwrap().0;
+    let claim = || claim_next(dir.path(), range, run.path()).unwrap().0;
     let twenty = || (0..20).map(|_| claim()).collect::<Vec<_>>();
     let claims: Vec<Vmid> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(twenty)).collect();

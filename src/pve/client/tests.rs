@@ -645,37 +645,3 @@ async fn an_idle_connection_is_dropped_before_proxmox_closes_it() {
     }
     eprintln!("dropped after {:?}", begun.elapsed());
 }
-
-#[tokio::test]
-#[ignore = "measures; run with --ignored --nocapture in release mode"]
-async fn cost_per_call() {
-    let fake = Fake::start(contract).await;
-    let c = client(&fake);
-    c.check().await.unwrap();
-    for (name, pooled) in [("pooled", true), ("reconnect, resumed", false)] {
-        let mut times = Vec::new();
-        for _ in 0..500 {
-            let begun = Instant::now();
-            if pooled {
-                c.check().await.unwrap()
-            } else {
-                drop(c.status(id(110)).await.unwrap())
-            }
-            times.push(begun.elapsed());
-        }
-        times.sort();
-        eprintln!(
-            "{name}: median {:?}, p95 {:?} (client and server in one thread)",
-            times[250], times[475]
-        );
-    }
-    let mut times = Vec::new();
-    for _ in 0..100 {
-        let fresh = client(&fake);
-        let begun = Instant::now();
-        fresh.check().await.unwrap();
-        times.push(begun.elapsed());
-    }
-    times.sort();
-    eprintln!("first connection, full handshake: median {:?}", times[50]);
-}

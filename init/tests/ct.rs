@@ -20,8 +20,7 @@ use proxmox_shim_init::sys::{self, attr};
 macro_rules! needs_ct {
     () => {
         if let Some(why) = missing() {
-            eprintln!("{why}");
-            return;
+            panic!("{why}: `make test` installs it");
         }
     };
 }

@@ -1,4 +1,4 @@
-//! What becomes of CTs and of the host around them. Needs root and LXC; says so where it skips.
+//! What becomes of CTs and of the host around them. Needs root and LXC.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -33,15 +33,12 @@ fn vmid(n: u32) -> u32 {
     800_000_000 + std::process::id() % 100_000 * 1000 + n
 }
 
-fn can_run() -> bool {
+fn require_cts() {
     let ok = fs::metadata("/root").is_ok()
         && fs::read_dir("/proc/1/fd").is_ok()
         && Path::new("/bin/busybox").exists()
         && Path::new("/usr/bin/lxc-start").exists();
-    if !ok {
-        eprintln!("skipped: needs root, lxc-start and busybox");
-    }
-    ok
+    assert!(ok, "needs root, lxc-start and busybox: `make test` installs them");
 }
 
 fn write_ct(dir: &Path, node: &Node, vmid: u32) {
@@ -92,9 +89,7 @@ fn cgroups(vmid: u32) -> Vec<PathBuf> {
 
 #[test]
 fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
-    if !can_run() {
-        return;
-    }
+    require_cts();
     let dir = tempfile::tempdir().unwrap();
     let (root, vmid) = (dir.path().join("node"), vmid(1));
     let first = runtime();
@@ -128,9 +123,7 @@ fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
 
 #[test]
 fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
-    if !can_run() {
-        return;
-    }
+    require_cts();
     let dir = tempfile::tempdir().unwrap();
     let vmid = vmid(2);
     runtime().block_on(async {
@@ -164,9 +157,7 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
 
 #[test]
 fn a_killed_lxc_start_takes_its_ct_along() {
-    if !can_run() {
-        return;
-    }
+    require_cts();
     let dir = tempfile::tempdir().unwrap();
     let vmid = vmid(3);
     runtime().block_on(async {

@@ -1,8 +1,8 @@
 //! From a bundle to a [`Plan`]: pure translation of the OCI runtime specification.
 //!
 //! Each concern of the specification has its own file, which reads what it needs from the
-//! [`document::Document`] and knows the JSON path of everything it reads, so that an error names the
-//! field. [`fields`] holds the verdict of every field in one table; it is checked before any
+//! `document::Document` and knows the JSON path of everything it reads, so that an error names the
+//! field. `fields` holds the verdict of every field in one table; it is checked before any
 //! translation, so nothing that a bundle asks for can get lost on the way.
 //!
 //! The only I/O is [`load`], which reads `config.json`, [`Host::probe`], and a memfd for the
@@ -50,7 +50,7 @@ pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 /// Reads `<bundle>/config.json` and translates it for this host.
 ///
 /// # Errors
-/// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan`].
+/// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan()`].
 pub fn load(bundle: &Path) -> Result<Plan, Error> {
     let path = bundle.join("config.json");
     let read = |path: &Path| {
@@ -114,7 +114,7 @@ pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error>
 /// leaves out (capabilities, umask, AppArmor profile) is taken from the container.
 ///
 /// # Errors
-/// As [`plan`].
+/// As [`plan()`].
 pub fn exec_process(
     json: &[u8],
     container: &proxmox_shim_init::protocol::Process,

@@ -14,7 +14,7 @@ use super::{Error, Host, fields};
 /// set stays as it is. Device rules are not part of an update, as with runc.
 ///
 /// # Errors
-/// As [`super::plan`].
+/// As [`super::plan()`].
 pub fn update(json: &[u8], host: &Host) -> Result<Resources, Error> {
     let spec = Document::parse_resources(json)?;
     let mut warnings = fields::check(&spec)?;

@@ -74,7 +74,9 @@ async fn run() -> ExitCode {
         println!("cannot be had: {name}: {why}");
     }
     if skipped > 0 {
-        println!("{skipped} recordings could not replay: running CTs need root and the package lxc");
+        println!(
+            "{skipped} recordings could not replay: running CTs need root and the package lxc"
+        );
     }
     println!("pve-api contract: {passed} of {RECORDED} recordings replay");
     if failed + skipped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

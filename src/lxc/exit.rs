@@ -62,7 +62,7 @@ pub async fn ended(pidfd: &AsyncFd<OwnedFd>) -> Result<(), Error> {
 /// [`Error`]; the process has ended nevertheless if it is [`Error::NoRecord`].
 pub async fn of_init(
     pidfd: &AsyncFd<OwnedFd>,
-    record: &Path,
+    record_path: &Path,
     may_reboot: bool,
 ) -> Result<Exit, Error> {
     ended(pidfd).await?;
@@ -82,10 +82,14 @@ pub async fn of_init(
         return Ok(Exit { status, at });
     }
     let recorded = loop {
-        match read_record(record) {
+        match read_record(record_path) {
+            // Neither of the hook's sources knew: that is no better than the kernel's word.
+            Ok(Some(record)) if record.source == "unknown" && kernels.is_some() => {
+                break Err(Error::NoRecord { path: record_path.to_owned() });
+            }
             Ok(Some(record)) => break Ok(ExitStatus(record.status)),
             Ok(None) if tokio::time::Instant::now() >= deadline => {
-                break Err(Error::NoRecord { path: record.to_owned() });
+                break Err(Error::NoRecord { path: record_path.to_owned() });
             }
             Ok(None) => tokio::time::sleep(RECORD_POLL).await,
             Err(error) => break Err(error),

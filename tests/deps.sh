@@ -4,7 +4,8 @@
 # toolchain, wanted only where there is no cargo.
 set -euo pipefail
 
-minimum=1.85
+# What containerd-shim 0.12 needs (let chains).
+minimum=1.88
 
 installed() {
 	[[ $(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
@@ -31,7 +32,7 @@ if ((${#missing[@]})) || [[ $rust == yes ]]; then
 	export DEBIAN_FRONTEND=noninteractive
 	apt-get -qq update
 	if [[ $rust == yes ]]; then
-		# Debian 12 has a newer toolchain under another name, for its browsers.
+		# Debian 12 and 13 have a newer toolchain under another name, for their browsers.
 		candidate=$(LC_ALL=C apt-cache policy cargo rustc | sed -n 's/^  Candidate: //p' | tail -n 1)
 		if at_least "${candidate%%+*}" "$minimum"; then
 			missing+=(cargo rustc)
@@ -55,7 +56,7 @@ for package; do
 	[[ $package == rust ]] || continue
 	version=$(rustc --version | cut -d ' ' -f 2)
 	if ! at_least "$version" "$minimum"; then
-		echo "rustc $version is too old, $minimum or later is needed" >&2
+		echo "rustc $version is too old, $minimum or later is needed: Debian 12 and 13 have it as rustc-web and cargo-web" >&2
 		exit 1
 	fi
 done

@@ -421,7 +421,7 @@ fn a_start_that_is_killed_leaves_no_server() {
             let address = String::from_utf8(output.stdout).unwrap();
             kill(Pid::from_raw(shim_pid(&address, "v2")), Signal::SIGTERM).unwrap();
         }
-        within(Duration::from_secs(3), "the server ends", || host.processes().is_empty());
+        within(Duration::from_secs(20), "the server ends", || host.processes().is_empty());
     }
     // A killed start may leave the socket file itself; the next one replaces it.
     let address = address(host.start("c1", &host.legacy_input()));

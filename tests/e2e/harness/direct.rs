@@ -146,7 +146,7 @@ impl Drop for EventServer {
     }
 }
 
-/// Reads one request frame, records the event, answers. `None` at the end of the connection.
+/// Reads one request frame, answers, records the event. `None` at the end of the connection.
 fn serve_one(mut connection: &UnixStream, received: &Received) -> Option<()> {
     let mut header = [0u8; 10];
     connection.read_exact(&mut header).ok()?;
@@ -154,6 +154,14 @@ fn serve_one(mut connection: &UnixStream, received: &Received) -> Option<()> {
     let mut body = vec![0; length];
     connection.read_exact(&mut body).ok()?;
     let request = Request::parse_from_bytes(&body).ok()?;
+    let reply = Response::new().write_to_bytes().ok()?;
+    let mut frame = (reply.len() as u32).to_be_bytes().to_vec();
+    frame.extend_from_slice(&header[4..8]);
+    frame.extend_from_slice(&[2, 0]);
+    frame.extend_from_slice(&reply);
+    // Answered first: who sees the event may pause the server at once, and an event that was taken
+    // but not answered is sent again.
+    connection.write_all(&frame).ok()?;
     if request.method == "Forward" {
         use containerd_shim_protos::shim::events::ForwardRequest;
         let forward = ForwardRequest::parse_from_bytes(&request.payload).ok()?;
@@ -166,12 +174,7 @@ fn serve_one(mut connection: &UnixStream, received: &Received) -> Option<()> {
         });
         received.arrived.notify_all();
     }
-    let reply = Response::new().write_to_bytes().ok()?;
-    let mut frame = (reply.len() as u32).to_be_bytes().to_vec();
-    frame.extend_from_slice(&header[4..8]);
-    frame.extend_from_slice(&[2, 0]);
-    frame.extend_from_slice(&reply);
-    connection.write_all(&frame).ok()
+    Some(())
 }
 
 /// Which shim, and in which directories its bundles lie.

@@ -52,6 +52,10 @@ fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> 
         }
         _ => {}
     }
+    if process.scope_abstract_sockets {
+        sys::scope_abstract_sockets()
+            .attempt(|| "scope the abstract Unix sockets (Landlock, kernel 6.12)")?;
+    }
     sys::umask(process.umask.unwrap_or(DEFAULT_UMASK));
     for limit in &process.rlimits {
         sys::set_rlimit(limit.resource, limit.soft, limit.hard)

@@ -203,6 +203,8 @@ pub struct Process {
     /// Written to `/proc/self/attr/apparmor/exec`.
     pub apparmor_profile: Option<String>,
     pub seccomp: Option<Seccomp>,
+    /// Confine it to the abstract Unix sockets of its own processes, by Landlock (kernel 6.12).
+    pub scope_abstract_sockets: bool,
     /// `Some`: a new pseudo terminal of the container's devpts is the process's stdio.
     pub terminal: Option<WindowSize>,
 }

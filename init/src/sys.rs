@@ -6,7 +6,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::mem::{MaybeUninit, size_of};
+use std::mem::{MaybeUninit, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
@@ -43,6 +43,7 @@ const MOVE_MOUNT_T_EMPTY_PATH: c_uint = 0x40;
 /// The C library's constant does not fit its own type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
+const LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 /// `_IOWR(0xFF, 11, struct pidfd_info)` with the structure's first version (64 bytes).
 const PIDFD_GET_INFO: c_ulong = 0xC040_FF0B;
@@ -649,6 +650,27 @@ pub fn set_parent_death_signal(signal: c_int) -> io::Result<()> {
 /// `no_new_privs`.
 pub fn set_no_new_privileges() -> io::Result<()> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map(drop)
+}
+
+/// From now on this process and what it starts can connect only to those abstract Unix sockets that
+/// such processes made. Needs `CAP_SYS_ADMIN` or no_new_privs.
+pub fn scope_abstract_sockets() -> io::Result<()> {
+    // struct landlock_ruleset_attr: handled_access_fs, handled_access_net, scoped.
+    let rules = [0u64, 0, LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET];
+    // SAFETY: the kernel reads the array, whose size it is told.
+    let ruleset = own_long(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            rules.as_ptr(),
+            size_of_val(&rules),
+            0 as c_uint,
+        )
+    })?;
+    // SAFETY: takes no pointer.
+    check_long(unsafe {
+        libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0 as c_uint)
+    })
+    .map(drop)
 }
 
 /// Loads a seccomp filter: `program` is an array of `struct sock_filter`.

@@ -137,8 +137,19 @@ pub struct Ct {
     pub network: Network,
     /// On which node the CT runs.
     pub placement: Placement,
+    /// Which abstract Unix sockets a container on the node's network reaches.
+    pub abstract_sockets: AbstractSockets,
     /// How long init may take to connect.
     pub start_timeout: Duration,
+}
+
+/// `ct.abstract_sockets`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AbstractSockets {
+    /// Those of its own processes.
+    Isolated,
+    /// All of the node's, as with runc.
+    Shared,
 }
 
 /// `ct.rootfs`
@@ -397,9 +408,13 @@ fn ct(mut s: Section<'_>) -> Result<Ct, ConfigError> {
     s.choice("network", &["namespace"], &["bridge"])?;
     s.choice("placement", &["local"], &["remote"])?;
     let (rootfs, network, placement) = (Rootfs::Snapshot, Network::Namespace, Placement::Local);
+    let abstract_sockets = match s.choice("abstract_sockets", &["isolated", "shared"], &[])? {
+        "shared" => AbstractSockets::Shared,
+        _ => AbstractSockets::Isolated,
+    };
     let start_timeout = s.seconds("start_timeout", 30, 3600)?;
     s.finish()?;
-    Ok(Ct { vmid_range, tags, rootfs, network, placement, start_timeout })
+    Ok(Ct { vmid_range, tags, rootfs, network, placement, abstract_sockets, start_timeout })
 }
 
 fn paths(mut s: Section<'_>) -> Result<Paths, ConfigError> {

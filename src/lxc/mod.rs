@@ -1,6 +1,7 @@
 //! The LXC side of a container: its configuration, rootfs, init, cgroups and end.
 
 pub mod cgroup;
+pub mod command_socket;
 pub mod config;
 pub mod detached;
 pub mod exec;

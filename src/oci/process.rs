@@ -47,6 +47,7 @@ pub(super) fn container(
         oom_score_adj: oom_score_adj(spec)?,
         apparmor_profile: apparmor_profile(spec, host)?,
         seccomp,
+        scope_abstract_sockets: false,
         terminal: terminal(spec)?,
     })
 }
@@ -59,6 +60,7 @@ pub(super) fn exec(json: &[u8], container: &Process, host: &Host) -> Result<Exec
 
     let mut process = self::container(&spec, host, None, &mut Vec::new())?;
     process.seccomp = container.seccomp.clone();
+    process.scope_abstract_sockets = container.scope_abstract_sockets;
     process.oom_score_adj = container.oom_score_adj;
     process.umask = own_umask.or(container.umask);
     if process.apparmor_profile.is_none() {
@@ -268,6 +270,7 @@ mod tests {
                 oom_score_adj: None,
                 apparmor_profile: None,
                 seccomp: None,
+                scope_abstract_sockets: false,
                 terminal: None,
             }
         );

@@ -3,6 +3,7 @@
 //! Thin, typed wrappers over what nix does not cover. No policy lives here.
 
 pub mod command;
+pub mod landlock;
 pub mod mount;
 pub mod pidfd;
 pub mod pipe;

@@ -135,7 +135,13 @@ impl Building {
     async fn build(&mut self) -> Result<Created> {
         let request = self.request.clone();
         let bundle = request.bundle.clone();
-        let plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
+        let mut plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
+        let exposed = lxc::command_socket::guard(
+            &mut plan,
+            request.config.ct.abstract_sockets,
+            sys::landlock::abi(),
+        );
+        plan.warnings.extend(exposed.map(str::to_owned));
         for warning in &plan.warnings {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
@@ -157,7 +163,9 @@ impl Building {
         self.record.hooks_ran = plan.hooks != Hooks::default();
         self.record.shares_pids = plan.namespaces.pid != Namespace::New;
         self.record.init = Some(ProcessId::of(pid)?);
-        self.record.monitor = Some(ProcessId::of(Stat::read(pid)?.parent)?);
+        // A monitor that has just died has left its init to the node's.
+        let monitor = Stat::read(pid)?.parent;
+        self.record.monitor = (monitor > 1).then(|| ProcessId::of(monitor)).transpose()?;
         self.save().await?;
         let (cgroup, namespaces) = {
             let (dir, resources) = (self.dir.clone(), plan.resources.clone());

@@ -132,6 +132,7 @@ pub fn process(args: &[&str]) -> Process {
         oom_score_adj: None,
         apparmor_profile: None,
         seccomp: None,
+        scope_abstract_sockets: false,
         terminal: None,
     }
 }

@@ -174,3 +174,12 @@ pub fn detach(path: &Path) {
         unsafe { libc::umount2(c.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
     }
 }
+
+/// The version of the kernel's Landlock ABI, 0 without it.
+pub fn landlock_abi() -> i64 {
+    // SAFETY: with the flag 1 the kernel reads nothing and returns a number.
+    let abi = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, 1u32)
+    };
+    abi.max(0)
+}

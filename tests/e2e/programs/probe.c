@@ -8,8 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/reboot.h>
+#include <stddef.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 static int code;
@@ -133,6 +136,21 @@ static int die_of(int signal)
 	return 97;
 }
 
+/* Prints the error of a connection to the abstract socket; with `own`, to one made here. */
+static int abstract(const char *name, int own)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	socklen_t length = offsetof(struct sockaddr_un, sun_path) + 1 + strlen(name);
+	int server = socket(AF_UNIX, SOCK_STREAM, 0), client = socket(AF_UNIX, SOCK_STREAM, 0);
+	strncpy(address.sun_path + 1, name, sizeof(address.sun_path) - 2);
+	if (own && (bind(server, (struct sockaddr *)&address, length) || listen(server, 1)))
+		return 94;
+	errno = 0;
+	connect(client, (struct sockaddr *)&address, length);
+	printf("%d\n", errno);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	const char *verb = argc > 1 ? argv[1] : "";
@@ -153,6 +171,8 @@ int main(int argc, char **argv)
 		return limits();
 	if (!strcmp(verb, "errno"))
 		return call_errno((long)first);
+	if (!strcmp(verb, "abstract"))
+		return abstract(argc > 2 ? argv[2] : "", argc > 3);
 	if (!strcmp(verb, "raise"))
 		return die_of((int)first);
 	if (!strcmp(verb, "reboot"))

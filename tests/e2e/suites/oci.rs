@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::harness::process::{self, eventually};
+use crate::harness::sys;
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -46,6 +47,7 @@ cases!("oci":
     device_rules_with_a_hole_are_refused,
     exec_is_no_harder_to_kill_than_the_container,
     limits_stay_below_the_cgroups_path,
+    lxc_is_out_of_reach_on_the_host_network,
 );
 
 fn status(t: &Test, flags: &[&str], field: &str) -> String {
@@ -511,4 +513,28 @@ fn limits_stay_below_the_cgroups_path(t: &Test) {
         "find /sys/fs/cgroup -depth -type d -path '*/{}/x*' -exec rmdir {{}} + 2>/dev/null; true",
         t.node.namespace
     )));
+}
+
+/// liblxc obeys whoever has uid 0 and can connect to a CT's command socket in the node's network.
+fn lxc_is_out_of_reach_on_the_host_network(t: &Test) {
+    let (id, trusted) = (t.id("a"), t.id("trusted"));
+    t.start_idle(&["--net-host"], &id);
+    let end = format!("/{}/command", t.node.pve().vmid_of(&id).expect("its CT"));
+    let sockets = fs::read_to_string("/proc/net/unix").expect("read the sockets");
+    let socket = sockets
+        .lines()
+        .filter_map(|line| line.split_once('@').map(|(_, name)| name))
+        .find(|name| name.ends_with(&end))
+        .expect("LXC listens");
+    // EPERM. A kernel before 6.12 can't do it, and the log says so.
+    let refused = if sys::landlock_abi() >= 6 { "1" } else { "0" };
+    assert_eq!(t.exec(&[], &id, &["probe", "abstract", socket]).ok().text(), refused);
+    let first = t.sh(&["--net-host"], &t.id("first"), &format!("probe abstract {socket}"));
+    assert_eq!(first.ok().text(), refused);
+    // Its own sockets are its own affair.
+    let own = format!("{id}-own");
+    assert_eq!(t.exec(&[], &id, &["probe", "abstract", &own, "own"]).ok().text(), "0");
+    // Who has the node's capabilities needs no socket to harm it.
+    t.start_idle(&["--net-host", "--privileged"], &trusted);
+    assert_eq!(t.exec(&[], &trusted, &["probe", "abstract", socket]).ok().text(), "0");
 }

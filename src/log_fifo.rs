@@ -58,11 +58,11 @@ pub enum Error {
 /// Only the first call of a process has an effect.
 pub fn install(path: &Path, level: LevelFilter, fields: &[(&str, &str)]) -> Result<(), Error> {
     let logger = Logger::open(path, fields)?;
-    if LOGGER.set(logger).is_ok() {
-        if let Some(logger) = LOGGER.get() {
-            // Fails only if another logger was installed, which then stays.
-            let _ = log::set_logger(logger);
-        }
+    if LOGGER.set(logger).is_ok()
+        && let Some(logger) = LOGGER.get()
+    {
+        // Fails only if another logger was installed, which then stays.
+        let _ = log::set_logger(logger);
     }
     log::set_max_level(level);
     Ok(())

@@ -135,10 +135,10 @@ fn remove_traces() -> Result<()> {
     // liblxc makes a missing /proc with mode 0, and the image's diff would show it.
     let proc =
         sys::openat(sys::cwd(), c"/proc", libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_DIRECTORY, 0);
-    if let Ok(proc) = proc {
-        if sys::fstat(proc.as_fd()).is_ok_and(|s| s.st_mode & 0o7777 == 0) {
-            sys::fchmod(proc.as_fd(), 0o755).attempt(|| "set the mode of \"/proc\"")?;
-        }
+    if let Ok(proc) = proc
+        && sys::fstat(proc.as_fd()).is_ok_and(|s| s.st_mode & 0o7777 == 0)
+    {
+        sys::fchmod(proc.as_fd(), 0o755).attempt(|| "set the mode of \"/proc\"")?;
     }
     Ok(())
 }

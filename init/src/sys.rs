@@ -293,10 +293,11 @@ pub fn read_dir(dir: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
             if record < 19 || at + record > length {
                 return Err(io::Error::from_raw_os_error(libc::EIO));
             }
-            if let Ok(name) = CStr::from_bytes_until_nul(&bytes[at + 19..at + record]) {
-                if name.to_bytes() != b"." && name.to_bytes() != b".." {
-                    names.push(name.to_owned());
-                }
+            if let Ok(name) = CStr::from_bytes_until_nul(&bytes[at + 19..at + record])
+                && name.to_bytes() != b"."
+                && name.to_bytes() != b".."
+            {
+                names.push(name.to_owned());
             }
             at += record;
         }
@@ -686,7 +687,7 @@ pub fn load_seccomp(flags: u32, program: &[u8]) -> io::Result<()> {
         .collect();
     let length = u16::try_from(filter.len())
         .ok()
-        .filter(|_| program.len() % 8 == 0)
+        .filter(|_| program.len().is_multiple_of(8))
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
     let program = libc::sock_fprog { len: length, filter: filter.as_mut_ptr() };
     // SAFETY: the kernel reads `len` instructions, which `filter` holds.

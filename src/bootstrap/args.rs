@@ -129,10 +129,10 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, 
         return Ok(Invocation::Help);
     }
     // The library's parser forgets what follows the action.
-    if let Some(at) = args.iter().position(|arg| arg == "start" || arg == "delete") {
-        if let Some(extra) = args.get(at + 1).filter(|_| is_action(&args, at)) {
-            return Err(Error::Extra(extra.to_string_lossy().into_owned()));
-        }
+    if let Some(at) = args.iter().position(|arg| arg == "start" || arg == "delete")
+        && let Some(extra) = args.get(at + 1).filter(|_| is_action(&args, at))
+    {
+        return Err(Error::Extra(extra.to_string_lossy().into_owned()));
     }
     let flags = containerd_shim::parse(&args).map_err(|e| Error::Flag(flag_problem(&e)))?;
     if flags.version {

@@ -112,10 +112,10 @@ impl Mounted {
 pub fn mount(mounts: &[RootfsMount], target: &Path) -> Result<Mounted, Error> {
     for (done, mount) in mounts.iter().enumerate() {
         if let Err(first) = mount_one(mount, target) {
-            if done > 0 {
-                if let Err(cleanup) = unmount(target) {
-                    return Err(Error::CleanUp { first: first.into(), cleanup: cleanup.into() });
-                }
+            if done > 0
+                && let Err(cleanup) = unmount(target)
+            {
+                return Err(Error::CleanUp { first: first.into(), cleanup: cleanup.into() });
             }
             return Err(first);
         }

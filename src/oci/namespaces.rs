@@ -85,10 +85,11 @@ fn joinable(field: &str, path: PathBuf) -> Result<PathBuf, Error> {
     }
     let mut components = path.components().skip(1);
     let of_process = (components.next(), components.next());
-    if let (Some(Component::Normal(proc)), Some(Component::Normal(which))) = of_process {
-        if proc == "proc" && (which == "self" || which == "thread-self") {
-            return Err(Error::invalid(field, "must not be relative to the reading process"));
-        }
+    if let (Some(Component::Normal(proc)), Some(Component::Normal(which))) = of_process
+        && proc == "proc"
+        && (which == "self" || which == "thread-self")
+    {
+        return Err(Error::invalid(field, "must not be relative to the reading process"));
     }
     Ok(path)
 }

@@ -56,10 +56,11 @@ pub async fn teardown(
         })?;
         let deadline = Instant::now() + limit;
         kill(record, limit.min(MONITOR_TIMEOUT)).await?;
-        if record.shares_pids && pve.is_ours(&identity).await? {
-            if let Some(container) = record.cgroups.first() {
-                Cgroup::at(container)?.kill_all().await?;
-            }
+        if record.shares_pids
+            && pve.is_ours(&identity).await?
+            && let Some(container) = record.cgroups.first()
+        {
+            Cgroup::at(container)?.kill_all().await?;
         }
         if destroy(pve, record, &identity, deadline).await? {
             remove_cgroups(record.cgroups.clone()).await?;

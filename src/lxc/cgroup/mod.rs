@@ -283,10 +283,10 @@ fn remove_stale_in(hierarchies: &Hierarchies, cgroups: &[&str]) -> Result<(), Er
     for cgroup in cgroups {
         let cgroup = format!("/{}", relative(cgroup)?);
         for hierarchy in hierarchies.iter() {
-            if let Some(directory) = hierarchy.directory(&cgroup) {
-                if directory.is_dir() {
-                    stale.extend(processes::subtree(&directory));
-                }
+            if let Some(directory) = hierarchy.directory(&cgroup)
+                && directory.is_dir()
+            {
+                stale.extend(processes::subtree(&directory));
             }
         }
     }
@@ -297,10 +297,10 @@ fn remove_stale_in(hierarchies: &Hierarchies, cgroups: &[&str]) -> Result<(), Er
     }
     // Parents come before their children.
     for directory in stale.iter().rev() {
-        if let Err(source) = fs::remove_dir(directory) {
-            if source.kind() != io::ErrorKind::NotFound {
-                return Err(Error::Remove { path: directory.clone(), source });
-            }
+        if let Err(source) = fs::remove_dir(directory)
+            && source.kind() != io::ErrorKind::NotFound
+        {
+            return Err(Error::Remove { path: directory.clone(), source });
         }
     }
     Ok(())

@@ -139,10 +139,11 @@ fn terminate(child: &Child) {
 }
 
 fn report(status: std::io::Result<ExitStatus>, name: &str) {
-    if let Ok(status) = status {
-        if !status.success() && status.signal() != Some(Signal::SIGTERM as i32) {
-            warn!(logger = name; "a logging program failed: {}", describe(status));
-        }
+    if let Ok(status) = status
+        && !status.success()
+        && status.signal() != Some(Signal::SIGTERM as i32)
+    {
+        warn!(logger = name; "a logging program failed: {}", describe(status));
     }
 }
 

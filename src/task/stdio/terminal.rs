@@ -76,18 +76,18 @@ async fn copy_output(master: Arc<AsyncFd<OwnedFd>>, mut output: Option<Writer>) 
             Ok(n) => n,
         };
         // Waits while the reader is slow: then so does the workload, when the terminal is full.
-        if let Some(writer) = &mut output {
-            if let Err(error) = writer.write_all(&buffer[..read]).await {
-                warn!("the terminal's output is lost from here on: {error}");
-                // Go on reading: a workload must not hang because a logger died.
-                output = None;
-            }
+        if let Some(writer) = &mut output
+            && let Err(error) = writer.write_all(&buffer[..read]).await
+        {
+            warn!("the terminal's output is lost from here on: {error}");
+            // Go on reading: a workload must not hang because a logger died.
+            output = None;
         }
     }
-    if let Some(mut writer) = output {
-        if let Err(error) = writer.flush().await {
-            warn!("the end of the terminal's output is lost: {error}");
-        }
+    if let Some(mut writer) = output
+        && let Err(error) = writer.flush().await
+    {
+        warn!("the end of the terminal's output is lost: {error}");
     }
 }
 

@@ -340,6 +340,10 @@ impl Actor {
             if self.paused {
                 return Err(self.precondition("is paused"));
             }
+            if self.freezing {
+                // It would stand still before it could report.
+                return Err(self.precondition("is being paused or resumed"));
+            }
             self.advance(&exec_id, Phase::Starting)?;
             let process = self.process(&exec_id)?;
             let program = process.program.take();
@@ -843,7 +847,6 @@ async fn reap(pidfd: Arc<AsyncFd<OwnedFd>>) -> Exit {
     }
 }
 
-/// Starts an exec up to and including its `execve`.
 /// The `oom_score_adj` of the container's own process if it is above the shim's, which an exec would
 /// otherwise keep: containerd protects its shims, and the kernel would end the container rather than a
 /// greedy exec. Raising the value needs no capability.
@@ -855,6 +858,7 @@ fn oom_score_adj(pid: i32) -> Option<i32> {
     read(&pid.to_string()).filter(|score| read("self").is_some_and(|own| *score > own))
 }
 
+/// Starts an exec up to and including its `execve`.
 async fn run_exec(
     env: &Environment,
     ct: &RunningCt,
@@ -883,13 +887,11 @@ async fn run_exec(
     let entry = exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
     let spawned = exec::spawn(&env.init, &setup, entry).await?;
     let executed = match spawned.ready().await {
-        Ok(master) => {
-            if let Some(master) = master {
-                stdio.attach_terminal(master)?;
-            }
-            spawned.executed().await
-        }
-        Err(error) => Err((error, spawned.into_pidfd())),
+        Ok(master) => match master.map_or(Ok(()), |master| stdio.attach_terminal(master)) {
+            Ok(()) => spawned.executed().await.map_err(|(error, pidfd)| (error.into(), pidfd)),
+            Err(error) => Err((error.into(), spawned.into_pidfd())),
+        },
+        Err(error) => Err((error.into(), spawned.into_pidfd())),
     };
     let watch =
         |pidfd| sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source });
@@ -900,14 +902,21 @@ async fn run_exec(
         Err((error, pidfd)) => {
             // It ends by itself.
             let _ = tokio::time::timeout(DRAIN_TIMEOUT, reap(Arc::new(watch(pidfd)?))).await;
-            Err(error.into())
+            Err(error)
         }
     }
 }
 
 /// Proxmox first: it may refuse, and its own live change of the cgroup must not come last.
 async fn update(ct: &RunningCt, resources: Resources) -> Result<()> {
-    ct.show_limits(&resources).await?;
+    let former = ct.show_limits(&resources).await?;
     let cgroup = ct.cgroup.clone();
-    blocking(move || Ok(cgroup.apply(&resources, false)?)).await
+    let applied = blocking(move || Ok(cgroup.apply(&resources, false)?)).await;
+    if applied.is_err() {
+        // Nobody shall read in Proxmox what does not hold.
+        if let Err(error) = ct.show(&former).await {
+            log::warn!("show the former limits of CT {}: {}", ct.vmid, sentence(&error));
+        }
+    }
+    applied
 }

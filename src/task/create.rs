@@ -418,29 +418,49 @@ impl RunningCt {
 
     /// Shows changed limits in Proxmox's configuration.
     ///
+    /// Returns what was shown before.
+    ///
     /// # Errors
     /// Proxmox's; nothing has been changed then.
-    pub async fn show_limits(&self, resources: &Resources) -> Result<()> {
+    pub async fn show_limits(&self, resources: &Resources) -> Result<Vec<describe::Shown>> {
         let changes = describe::changes(resources);
+        let changes: Vec<_> = changes.into_iter().map(|(key, value)| (key, Some(value))).collect();
+        self.show(&changes).await
+    }
+
+    /// Changes what Proxmox shows; see [`Self::show_limits`].
+    pub async fn show(&self, changes: &[describe::Shown]) -> Result<Vec<describe::Shown>> {
         if changes.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let changes: Vec<(&str, &str)> =
-            changes.iter().map(|(key, value)| (*key, value.as_str())).collect();
-        for attempt in 1.. {
+        let removed: Vec<&str> =
+            changes.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| *key).collect();
+        let removed = removed.join(",");
+        let mut form: Vec<(&str, &str)> =
+            changes.iter().filter_map(|(key, value)| Some((*key, value.as_deref()?))).collect();
+        if !removed.is_empty() {
+            form.push(("delete", &removed));
+        }
+        let mut attempt = 1;
+        loop {
             let shown = self.pve.config(self.vmid).await?;
             self.identity
                 .verify(&shown)
                 .map_err(|reason| pve::Error::NotOurs { vmid: self.vmid, reason })?;
-            match self.pve.put_config(self.vmid, &changes, Some(&shown.digest)).await {
+            match self.pve.put_config(self.vmid, &form, Some(&shown.digest)).await {
                 // Another update, or an administrator, was faster.
                 Err(error)
                     if error.failure() == Some(&pve::Failure::DigestMismatch)
-                        && attempt < UPDATE_ATTEMPTS => {}
-                result => return Ok(result?),
+                        && attempt < UPDATE_ATTEMPTS =>
+                {
+                    attempt += 1;
+                }
+                result => {
+                    result?;
+                    return Ok(describe::shown(&shown, changes.iter().map(|(key, _)| *key)));
+                }
             }
         }
-        Ok(())
     }
 
     /// What init is told to do.

@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::ledger::RunDir;
 use crate::oci::plan::{Limit, Plan, Resources};
+use crate::pve::CtConfig;
 use crate::pve::conf::{CpuLimit, CtDescription, Hostname, Tag};
 use crate::pve::identity::Identity;
 
@@ -54,6 +55,21 @@ pub fn changes(resources: &Resources) -> Vec<(&'static str, String)> {
         changes.push(("cpuunits", units.to_string()));
     }
     changes
+}
+
+/// A key of a CT's configuration and its value; `None` if it is not set.
+pub type Shown = (&'static str, Option<String>);
+
+/// The present values of keys that [`changes`] knows.
+pub fn shown(config: &CtConfig, keys: impl Iterator<Item = &'static str>) -> Vec<Shown> {
+    let value = |key| match key {
+        "memory" => config.memory_mib.map(|mib| mib.to_string()),
+        "swap" => config.swap_mib.map(|mib| mib.to_string()),
+        "cpulimit" => config.cpulimit.clone(),
+        "cpuunits" => config.cpuunits.map(|units| units.to_string()),
+        _ => None,
+    };
+    keys.map(|key| (key, value(key))).collect()
 }
 
 /// Rounded up to MiB, because Proxmox has no finer unit; the cgroup gets the exact value.

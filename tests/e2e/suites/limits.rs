@@ -24,6 +24,7 @@ cases!("limits":
     proxmox:
     proxmox_shows_the_limits,
     proxmox_shows_an_update,
+    proxmox_does_not_show_an_update_that_failed,
 );
 
 const MIB: u64 = 1 << 20;
@@ -224,4 +225,15 @@ fn proxmox_shows_an_update(t: &Test) {
     eventually("Proxmox shows 96 MiB", Duration::from_secs(10), || {
         (number(&configuration(t, &id)["memory"]) == Some(96.0)).then_some(())
     });
+}
+
+fn proxmox_does_not_show_an_update_that_failed(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&["--memory-limit", &(64 * MIB).to_string()], &id);
+    let failing = json!({"memory": {"limit": 96 * MIB},
+        "cpu": {"cpus": "4000", "quota": 50_000, "period": 100_000}});
+    update(t, &id, &failing).expect_err("no node has that CPU");
+    let shown = configuration(t, &id);
+    assert_eq!(number(&shown["memory"]), Some(64.0), "{shown}");
+    assert_eq!(number(&shown["cpulimit"]).unwrap_or(0.0), 0.0, "{shown}");
 }

@@ -137,10 +137,18 @@ impl Running {
         Output {
             code: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
             stdout: collect(self.stdout.take()),
-            stderr: String::from_utf8_lossy(&collect(self.stderr.take())).into_owned(),
+            stderr: without_deprecations(&collect(self.stderr.take())),
             command: self.command,
         }
     }
+}
+
+/// What the command itself had to say: `ctr` 2.2 and later complains about cgroup v1 at each call.
+fn without_deprecations(stderr: &[u8]) -> String {
+    String::from_utf8_lossy(stderr)
+        .split_inclusive('\n')
+        .filter(|line| !line.contains("level=warning msg=\"DEPRECATION: "))
+        .collect()
 }
 
 fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {

@@ -62,7 +62,7 @@ install: ## Install to $(DESTDIR)$(PREFIX); run `make build` before
 		install -D -m 0644 shim-config/config.toml \
 			$(DESTDIR)/etc/containerd-shim-proxmox/config.toml
 	fi
-	for page in packaging/man/*.[58]; do
+	for page in packaging/man/*.[578]; do
 		install -D -m 0644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}"
 	done
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/containerd-shim-proxmox \

@@ -31,7 +31,7 @@ else
 	echo "!! SKIPPED: shellcheck is not available, scripts are not checked" >&2
 fi
 if command -v mandoc >/dev/null; then
-	step mandoc -T lint -W warning packaging/man/*.[58]
+	step mandoc -T lint -W warning packaging/man/*.[578]
 else
 	echo "!! SKIPPED: mandoc is not available, manual pages are not checked" >&2
 fi

@@ -17,9 +17,14 @@ Usage (by containerd):
     containerd-shim-proxmox-v2 -namespace NS -id ID -address SOCKET -bundle DIR [FLAGS] delete
     containerd-shim-proxmox-v2 -info | -v | -h
 
+Usage (by people):
+    containerd-shim-proxmox-v2 explain BUNDLE
+
 Actions:
     start                 start a shim for the bundle in the working directory; prints its address
     delete                remove what a dead shim left behind; prints the exit status
+    explain BUNDLE        tell for each field that BUNDLE/config.json sets what becomes of it here;
+                          fails, with the reason, if the container would be refused
 Flags:
     -namespace NS         containerd's namespace
     -id ID                the container
@@ -51,6 +56,9 @@ pub enum Error {
     /// More than the action.
     #[error("unexpected argument {0:?} after the action")]
     Extra(String),
+    /// `explain` needs a directory.
+    #[error("explain needs the directory of a bundle, which holds its config.json")]
+    NoBundle,
     /// A flag that is needed.
     #[error("the flag -{0} is missing; containerd starts this program, see {name} -help", name = super::NAME)]
     Missing(&'static str),
@@ -118,6 +126,8 @@ pub(super) enum Invocation {
     Info,
     Start(Target),
     Delete(Target),
+    /// For people: what becomes of a bundle.
+    Explain(PathBuf),
     /// No action: the server, which `start` runs.
     Serve(Target),
 }
@@ -127,6 +137,13 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, 
     let is_help = |arg: &OsString| ["-h", "--h", "-help", "--help"].iter().any(|help| arg == help);
     if args.iter().any(is_help) {
         return Ok(Invocation::Help);
+    }
+    if args.first().is_some_and(|action| action == "explain") {
+        return match &args[1..] {
+            [bundle] => Ok(Invocation::Explain(bundle.into())),
+            [] => Err(Error::NoBundle),
+            [_, extra, ..] => Err(Error::Extra(extra.to_string_lossy().into_owned())),
+        };
     }
     // The library's parser forgets what follows the action.
     if let Some(at) = args.iter().position(|arg| arg == "start" || arg == "delete")
@@ -213,6 +230,7 @@ mod tests {
         assert_eq!(parsed("-info"), Ok(Invocation::Info));
         assert_eq!(parsed("-v"), Ok(Invocation::Version));
         assert_eq!(parsed("-version"), Ok(Invocation::Version));
+        assert_eq!(parsed("explain /run/b"), Ok(Invocation::Explain("/run/b".into())));
         for help in ["-h", "--help", "-help", "-namespace default --help start"] {
             assert_eq!(parsed(help), Ok(Invocation::Help), "{help}");
         }
@@ -224,6 +242,8 @@ mod tests {
             ("", Error::Missing("namespace")),
             ("start", Error::Missing("namespace")),
             ("-namespace default start", Error::Missing("id")),
+            ("explain", Error::NoBundle),
+            ("explain /run/b -v", Error::Extra("-v".into())),
             ("-namespace default -id c1 stop", Error::Action("stop".into())),
             ("-namespace default -id c1 start now", Error::Extra("now".into())),
             (

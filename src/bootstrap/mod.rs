@@ -1,5 +1,5 @@
 //! containerd's side of the binary: the actions `start`, `delete` and `-info`, and the server that
-//! `start` leaves behind.
+//! `start` leaves behind. `explain` is the one action for people.
 //!
 //! containerd reads stdout and stderr of an action as one stream and takes it for the reply (or, if
 //! the exit status is not 0, for the error message). So an action here returns its reply or its
@@ -9,6 +9,7 @@
 
 mod args;
 mod delete;
+mod explain;
 mod handover;
 mod info;
 mod input;
@@ -108,6 +109,12 @@ pub enum Error {
         /// How long it was waited for.
         limit: Duration,
     },
+    /// `explain`: the bundle is none, or nobody could say.
+    #[error("{0}")]
+    Explain(#[from] crate::oci::Error),
+    /// `explain`: the container would be refused.
+    #[error("Create would refuse this bundle: {0}")]
+    Refused(String),
     /// A message to containerd could not be encoded.
     #[error("cannot encode the reply to containerd: {0}")]
     Encode(#[from] protobuf::Error),
@@ -126,6 +133,10 @@ pub fn main() -> ExitCode {
         Invocation::Help => reply(args::HELP.as_bytes()),
         Invocation::Version => reply(info::version().as_bytes()),
         Invocation::Info => info::run().and_then(|bytes| reply(&bytes)),
+        Invocation::Explain(bundle) => explain::run(&bundle).and_then(|explained| {
+            reply(explained.text.as_bytes())?;
+            explained.refusal.map_or(Ok(()), |reason| Err(Error::Refused(reason)))
+        }),
         Invocation::Start(target) => start::run(&target).and_then(|started| {
             reply(&started.reply)?;
             started.commit();

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use proxmox_shim_init::protocol::{BINARY_NAME, CT_DIR};
 
+use crate::oci::Cgroups;
 use crate::oci::plan::{DeviceKind, DeviceRule, Namespace, Plan};
 
 /// The socket directory's name in a run directory.
@@ -43,6 +44,15 @@ pub enum CgroupVersion {
     /// Version 1, or hybrid.
     V1,
     V2,
+}
+
+impl From<&Cgroups> for CgroupVersion {
+    fn from(cgroups: &Cgroups) -> Self {
+        match cgroups {
+            Cgroups::V1 { .. } => Self::V1,
+            Cgroups::V2 => Self::V2,
+        }
+    }
 }
 
 /// Why no configuration can be written.

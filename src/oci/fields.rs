@@ -2,6 +2,10 @@
 //!
 //! Paths are those of the JSON document; `[]` stands for each element of a list. A field that is
 //! applied can still be refused for a particular value by the module that reads it.
+//!
+//! The manual page `containerd-shim-proxmox-oci(7)` is made of this table.
+
+use std::fmt;
 
 use serde_json::Value;
 
@@ -13,9 +17,9 @@ use super::document::Document;
 pub enum Verdict {
     /// Holds further fields, which have their own verdicts.
     Section,
-    /// Honoured as it is. For objects and lists without a fixed set of fields this includes all
-    /// that is below.
-    Applied,
+    /// Honoured as it is, and where. For objects and lists without a fixed set of fields this
+    /// includes all that is below.
+    Applied(Place),
     /// Honoured in another form: how.
     Translated(&'static str),
     /// Without effect, as with runc: why.
@@ -24,6 +28,49 @@ pub enum Verdict {
     Warned(&'static str),
     /// A bundle that sets it is refused: what to do instead.
     Refused(&'static str),
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Section => f.write_str("each field has its own verdict"),
+            Applied(place) => write!(f, "applied {place}"),
+            Translated(how) => write!(f, "translated: {how}"),
+            Ignored(why) => write!(f, "ignored: {why}"),
+            Warned(why) => write!(f, "without effect, with a warning: {why}"),
+            Refused(remedy) => write!(f, "refused: {remedy}"),
+        }
+    }
+}
+
+/// Who applies a field, and so where its effect can be looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// By init, which then becomes the workload.
+    Init,
+    /// In the file that the CT's configuration includes.
+    Lxc,
+    /// In the files of the CT's cgroup.
+    Cgroup,
+    /// In a mount: the shim opens what is the host's, init attaches it.
+    Mount,
+    /// By the shim, outside of the container.
+    Shim,
+    /// In the JSON that hooks read.
+    State,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Init => "by init, in the container",
+            Self::Lxc => "in LXC's configuration of the CT",
+            Self::Cgroup => "in the CT's cgroup",
+            Self::Mount => "in the mount, which init attaches in the container",
+            Self::Shim => "by the shim, on the node",
+            Self::State => "in the state that hooks read",
+        })
+    }
 }
 
 /// A line of the table.
@@ -37,6 +84,7 @@ const fn field(path: &'static str, verdict: Verdict) -> Field {
     Field { path, verdict }
 }
 
+use Place::{Cgroup, Init, Lxc, Mount, Shim, State};
 use Verdict::{Applied, Ignored, Refused, Section, Translated, Warned};
 
 const OTHER_PLATFORM: Verdict = Ignored("for another operating system");
@@ -44,93 +92,93 @@ const FIRST_PROCESS: Verdict = Refused("start the container without it");
 
 /// All fields, in the order of the specification.
 pub const FIELDS: &[Field] = &[
-    field("ociVersion", Applied),
-    field("hostname", Applied),
-    field("domainname", Applied),
-    field("annotations", Applied),
+    field("ociVersion", Applied(State)),
+    field("hostname", Applied(Init)),
+    field("domainname", Applied(Init)),
+    field("annotations", Applied(State)),
     field("root", Section),
-    field("root.path", Applied),
-    field("root.readonly", Applied),
+    field("root.path", Applied(Lxc)),
+    field("root.readonly", Applied(Init)),
     field("mounts", Section),
-    field("mounts[].destination", Applied),
-    field("mounts[].type", Applied),
-    field("mounts[].source", Applied),
-    field("mounts[].options", Applied),
+    field("mounts[].destination", Applied(Mount)),
+    field("mounts[].type", Applied(Mount)),
+    field("mounts[].source", Applied(Mount)),
+    field("mounts[].options", Applied(Mount)),
     field("mounts[].uidMappings", Refused("id-mapped mounts are not available yet")),
     field("mounts[].gidMappings", Refused("id-mapped mounts are not available yet")),
     field("process", Section),
-    field("process.terminal", Applied),
-    field("process.consoleSize", Applied),
+    field("process.terminal", Applied(Init)),
+    field("process.consoleSize", Applied(Init)),
     field("process.user", Section),
-    field("process.user.uid", Applied),
-    field("process.user.gid", Applied),
-    field("process.user.umask", Applied),
-    field("process.user.additionalGids", Applied),
+    field("process.user.uid", Applied(Init)),
+    field("process.user.gid", Applied(Init)),
+    field("process.user.umask", Applied(Init)),
+    field("process.user.additionalGids", Applied(Init)),
     field("process.user.username", OTHER_PLATFORM),
-    field("process.args", Applied),
+    field("process.args", Applied(Init)),
     field("process.commandLine", OTHER_PLATFORM),
-    field("process.env", Applied),
-    field("process.cwd", Applied),
+    field("process.env", Applied(Init)),
+    field("process.cwd", Applied(Init)),
     field("process.capabilities", Section),
-    field("process.capabilities.bounding", Applied),
-    field("process.capabilities.effective", Applied),
-    field("process.capabilities.inheritable", Applied),
-    field("process.capabilities.permitted", Applied),
-    field("process.capabilities.ambient", Applied),
-    field("process.rlimits", Applied),
-    field("process.noNewPrivileges", Applied),
-    field("process.apparmorProfile", Applied),
-    field("process.oomScoreAdj", Applied),
+    field("process.capabilities.bounding", Applied(Init)),
+    field("process.capabilities.effective", Applied(Init)),
+    field("process.capabilities.inheritable", Applied(Init)),
+    field("process.capabilities.permitted", Applied(Init)),
+    field("process.capabilities.ambient", Applied(Init)),
+    field("process.rlimits", Applied(Init)),
+    field("process.noNewPrivileges", Applied(Init)),
+    field("process.apparmorProfile", Applied(Init)),
+    field("process.oomScoreAdj", Applied(Init)),
     field("process.selinuxLabel", Refused("Proxmox VE has no SELinux; use an AppArmor profile")),
     field("process.ioPriority", FIRST_PROCESS),
     field("process.scheduler", FIRST_PROCESS),
     field("process.execCPUAffinity", Refused("set linux.resources.cpu.cpus instead")),
     field("hooks", Section),
-    field("hooks.prestart", Applied),
-    field("hooks.createRuntime", Applied),
+    field("hooks.prestart", Applied(Shim)),
+    field("hooks.createRuntime", Applied(Shim)),
     field(
         "hooks.createContainer",
         Refused("use createRuntime (on the host) or startContainer (in the container)"),
     ),
-    field("hooks.startContainer", Applied),
-    field("hooks.poststart", Applied),
-    field("hooks.poststop", Applied),
+    field("hooks.startContainer", Applied(Init)),
+    field("hooks.poststart", Applied(Shim)),
+    field("hooks.poststop", Applied(Shim)),
     field("linux", Section),
-    field("linux.namespaces", Applied),
+    field("linux.namespaces", Applied(Lxc)),
     field("linux.uidMappings", Refused("user namespaces are not available yet")),
     field("linux.gidMappings", Refused("user namespaces are not available yet")),
     field("linux.timeOffsets", Refused("time namespaces are not available yet")),
-    field("linux.devices", Applied),
+    field("linux.devices", Applied(Init)),
     field("linux.netDevices", Refused("prepare the network namespace before the start")),
     field("linux.cgroupsPath", Translated("systemd's form becomes the path that systemd uses")),
-    field("linux.rootfsPropagation", Applied),
-    field("linux.maskedPaths", Applied),
-    field("linux.readonlyPaths", Applied),
+    field("linux.rootfsPropagation", Applied(Init)),
+    field("linux.maskedPaths", Applied(Init)),
+    field("linux.readonlyPaths", Applied(Init)),
     field("linux.mountLabel", Refused("Proxmox VE has no SELinux")),
-    field("linux.sysctl", Applied),
+    field("linux.sysctl", Applied(Init)),
     field("linux.intelRdt", Refused("assign the resource class on the node")),
     field("linux.memoryPolicy", Refused("set linux.resources.cpu.mems instead")),
     field("linux.personality", Section),
-    field("linux.personality.domain", Applied),
+    field("linux.personality.domain", Applied(Init)),
     field("linux.personality.flags", Warned("no personality flag is defined")),
     field("linux.seccomp", Section),
-    field("linux.seccomp.defaultAction", Applied),
-    field("linux.seccomp.defaultErrnoRet", Applied),
-    field("linux.seccomp.architectures", Applied),
-    field("linux.seccomp.flags", Applied),
+    field("linux.seccomp.defaultAction", Applied(Init)),
+    field("linux.seccomp.defaultErrnoRet", Applied(Init)),
+    field("linux.seccomp.architectures", Applied(Init)),
+    field("linux.seccomp.flags", Applied(Init)),
     field("linux.seccomp.listenerPath", Refused("seccomp notification is not available yet")),
     field("linux.seccomp.listenerMetadata", Refused("seccomp notification is not available yet")),
     field("linux.seccomp.syscalls", Section),
-    field("linux.seccomp.syscalls[].names", Applied),
-    field("linux.seccomp.syscalls[].action", Applied),
-    field("linux.seccomp.syscalls[].errnoRet", Applied),
-    field("linux.seccomp.syscalls[].args", Applied),
+    field("linux.seccomp.syscalls[].names", Applied(Init)),
+    field("linux.seccomp.syscalls[].action", Applied(Init)),
+    field("linux.seccomp.syscalls[].errnoRet", Applied(Init)),
+    field("linux.seccomp.syscalls[].args", Applied(Init)),
     field("linux.resources", Section),
-    field("linux.resources.devices", Applied),
+    field("linux.resources.devices", Applied(Lxc)),
     field("linux.resources.memory", Section),
-    field("linux.resources.memory.limit", Applied),
-    field("linux.resources.memory.reservation", Applied),
-    field("linux.resources.memory.swap", Applied),
+    field("linux.resources.memory.limit", Applied(Cgroup)),
+    field("linux.resources.memory.reservation", Applied(Cgroup)),
+    field("linux.resources.memory.swap", Applied(Cgroup)),
     field("linux.resources.memory.kernel", Warned("the kernel has no such limit any more")),
     field("linux.resources.memory.kernelTCP", Warned("the kernel has no such limit any more")),
     field("linux.resources.memory.swappiness", Translated("cgroup v1 only")),
@@ -142,30 +190,30 @@ pub const FIELDS: &[Field] = &[
     field("linux.resources.memory.checkBeforeUpdate", Ignored("a new container uses nothing yet")),
     field("linux.resources.cpu", Section),
     field("linux.resources.cpu.shares", Translated("to cpu.weight on cgroup2")),
-    field("linux.resources.cpu.quota", Applied),
-    field("linux.resources.cpu.burst", Applied),
-    field("linux.resources.cpu.period", Applied),
+    field("linux.resources.cpu.quota", Applied(Cgroup)),
+    field("linux.resources.cpu.burst", Applied(Cgroup)),
+    field("linux.resources.cpu.period", Applied(Cgroup)),
     field("linux.resources.cpu.realtimeRuntime", Refused("cgroup2 has no realtime limits")),
     field("linux.resources.cpu.realtimePeriod", Refused("cgroup2 has no realtime limits")),
-    field("linux.resources.cpu.cpus", Applied),
-    field("linux.resources.cpu.mems", Applied),
-    field("linux.resources.cpu.idle", Applied),
+    field("linux.resources.cpu.cpus", Applied(Cgroup)),
+    field("linux.resources.cpu.mems", Applied(Cgroup)),
+    field("linux.resources.cpu.idle", Applied(Cgroup)),
     field("linux.resources.pids", Section),
-    field("linux.resources.pids.limit", Applied),
+    field("linux.resources.pids.limit", Applied(Cgroup)),
     field("linux.resources.blockIO", Section),
     field("linux.resources.blockIO.weight", Translated("to io.weight on cgroup2")),
     field("linux.resources.blockIO.leafWeight", Refused("set weight instead")),
     field("linux.resources.blockIO.weightDevice", Refused("set weight instead")),
-    field("linux.resources.blockIO.throttleReadBpsDevice", Applied),
-    field("linux.resources.blockIO.throttleWriteBpsDevice", Applied),
-    field("linux.resources.blockIO.throttleReadIOPSDevice", Applied),
-    field("linux.resources.blockIO.throttleWriteIOPSDevice", Applied),
-    field("linux.resources.hugepageLimits", Applied),
+    field("linux.resources.blockIO.throttleReadBpsDevice", Applied(Cgroup)),
+    field("linux.resources.blockIO.throttleWriteBpsDevice", Applied(Cgroup)),
+    field("linux.resources.blockIO.throttleReadIOPSDevice", Applied(Cgroup)),
+    field("linux.resources.blockIO.throttleWriteIOPSDevice", Applied(Cgroup)),
+    field("linux.resources.hugepageLimits", Applied(Cgroup)),
     field("linux.resources.network", Section),
     field("linux.resources.network.classID", Refused("cgroup2 has no network classes")),
     field("linux.resources.network.priorities", Refused("cgroup2 has no network priorities")),
     field("linux.resources.rdma", Refused("limit the device on the node")),
-    field("linux.resources.unified", Applied),
+    field("linux.resources.unified", Applied(Cgroup)),
     field("solaris", OTHER_PLATFORM),
     field("windows", OTHER_PLATFORM),
     field("zos", OTHER_PLATFORM),
@@ -175,66 +223,71 @@ pub const FIELDS: &[Field] = &[
 /// Unknown fields named in the log; the rest is only counted, so that a bundle cannot flood it.
 const UNKNOWN_NAMED: usize = 16;
 
+/// A field that a document sets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetField {
+    /// With the indexes of lists.
+    pub path: String,
+    /// `None` for a field that the specification does not have.
+    pub field: Option<Field>,
+}
+
 /// Refuses a document that sets a refused field; returns the warnings of all others.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for the first refused field.
 pub(super) fn check(document: &Document) -> Result<Vec<String>, Error> {
-    let mut walk = Walk::default();
-    walk.object(document.root(), "", "")?;
-    if walk.unknown > UNKNOWN_NAMED {
-        walk.warnings.push(format!("{} more unknown fields", walk.unknown - UNKNOWN_NAMED));
-    }
-    Ok(walk.warnings)
-}
-
-#[derive(Default)]
-struct Walk {
-    warnings: Vec<String>,
-    unknown: usize,
-}
-
-impl Walk {
-    /// `concrete` is the path with list indexes, `pattern` the one of the table.
-    fn value(&mut self, value: &Value, concrete: &str, pattern: &str) -> Result<(), Error> {
-        let Some(field) = FIELDS.iter().find(|field| field.path == pattern) else {
-            self.unknown += 1;
-            if self.unknown <= UNKNOWN_NAMED {
-                self.warnings.push(format!("{concrete:?} is not a known field and has no effect"));
-            }
-            return Ok(());
-        };
-        if !is_set(value) {
-            return Ok(());
-        }
-        match field.verdict {
-            Section => match value {
-                Value::Array(elements) => {
-                    elements.iter().enumerate().try_for_each(|(index, element)| {
-                        self.object(
-                            element,
-                            &format!("{concrete}[{index}]."),
-                            &format!("{pattern}[]."),
-                        )
-                    })
+    let mut warnings = Vec::new();
+    let mut unknown = 0;
+    for SetField { path, field } in set_by(document) {
+        match field.map(|field| field.verdict) {
+            Some(Refused(remedy)) => return Err(Error::unsupported(path, remedy)),
+            Some(Warned(why)) => warnings.push(format!("{path} has no effect: {why}")),
+            Some(Section | Applied(_) | Translated(_) | Ignored(_)) => {}
+            None => {
+                unknown += 1;
+                if unknown <= UNKNOWN_NAMED {
+                    warnings.push(format!("{path:?} is not a known field and has no effect"));
                 }
-                _ => self.object(value, &format!("{concrete}."), &format!("{pattern}.")),
-            },
-            Applied | Translated(_) | Ignored(_) => Ok(()),
-            Warned(why) => {
-                self.warnings.push(format!("{concrete} has no effect: {why}"));
-                Ok(())
             }
-            Refused(remedy) => Err(Error::unsupported(concrete, remedy)),
         }
     }
+    if unknown > UNKNOWN_NAMED {
+        warnings.push(format!("{} more unknown fields", unknown - UNKNOWN_NAMED));
+    }
+    Ok(warnings)
+}
 
-    fn object(&mut self, value: &Value, concrete: &str, pattern: &str) -> Result<(), Error> {
-        // A wrong type here is reported by whoever reads the field.
-        let Some(members) = value.as_object() else { return Ok(()) };
-        members.iter().try_for_each(|(key, member)| {
-            self.value(member, &format!("{concrete}{key}"), &format!("{pattern}{key}"))
-        })
+/// What a document sets, down to the fields that have a verdict of their own, sections left out.
+pub(super) fn set_by(document: &Document) -> Vec<SetField> {
+    let mut set = Vec::new();
+    members(document.root(), "", "", &mut set);
+    set
+}
+
+/// `concrete` is the path with list indexes, `pattern` the one of the table.
+fn value(value: &Value, concrete: String, pattern: &str, set: &mut Vec<SetField>) {
+    let field = FIELDS.iter().find(|field| field.path == pattern).copied();
+    match (field.map(|field| field.verdict), value) {
+        // Whatever value it has, it is not known.
+        (None, _) => set.push(SetField { path: concrete, field }),
+        (Some(_), value) if !is_set(value) => {}
+        (Some(Section), Value::Array(elements)) => {
+            for (index, element) in elements.iter().enumerate() {
+                members(element, &format!("{concrete}[{index}]."), &format!("{pattern}[]."), set);
+            }
+        }
+        (Some(Section), value) => {
+            members(value, &format!("{concrete}."), &format!("{pattern}."), set);
+        }
+        (Some(_), _) => set.push(SetField { path: concrete, field }),
+    }
+}
+
+fn members(object: &Value, concrete: &str, pattern: &str, set: &mut Vec<SetField>) {
+    // A wrong type here is reported by whoever reads the field.
+    for (key, member) in object.as_object().into_iter().flatten() {
+        value(member, format!("{concrete}{key}"), &format!("{pattern}{key}"), set);
     }
 }
 
@@ -252,6 +305,8 @@ fn is_set(value: &Value) -> bool {
 
 #[cfg(test)]
 mod completeness;
+#[cfg(test)]
+mod manual;
 
 #[cfg(test)]
 mod tests {

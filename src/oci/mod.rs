@@ -35,7 +35,7 @@ use std::io::Read;
 use std::path::Path;
 
 pub use error::Error;
-pub use fields::{FIELDS, Field, Verdict};
+pub use fields::{FIELDS, Field, Place, SetField, Verdict};
 pub use host::{Cgroups, Host};
 pub use process::Exec;
 pub use resources::update;
@@ -52,6 +52,11 @@ pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 /// # Errors
 /// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan()`].
 pub fn load(bundle: &Path) -> Result<Plan, Error> {
+    let json = read(bundle)?;
+    plan(&json, bundle, &probe()?)
+}
+
+fn read(bundle: &Path) -> Result<Vec<u8>, Error> {
     let path = bundle.join("config.json");
     let read = |path: &Path| {
         let mut json = Vec::new();
@@ -62,8 +67,33 @@ pub fn load(bundle: &Path) -> Result<Plan, Error> {
     if json.len() as u64 > MAX_SPEC_BYTES {
         return Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES });
     }
-    let host = Host::probe().map_err(|source| Error::Probe { source })?;
-    plan(&json, bundle, &host)
+    Ok(json)
+}
+
+fn probe() -> Result<Host, Error> {
+    Host::probe().map_err(|source| Error::Probe { source })
+}
+
+/// What becomes of a bundle, field by field.
+#[derive(Debug)]
+pub struct Explanation {
+    /// Every field that the bundle sets, in the order of the document.
+    pub fields: Vec<SetField>,
+    /// With the values looked at too.
+    pub plan: Result<Plan, Error>,
+    /// The host that the plan was made for.
+    pub host: Host,
+}
+
+/// Says what would become of `<bundle>/config.json` on this host.
+///
+/// # Errors
+/// The file cannot be read, or is not JSON.
+pub fn explain(bundle: &Path) -> Result<Explanation, Error> {
+    let json = read(bundle)?;
+    let host = probe()?;
+    let fields = fields::set_by(&Document::parse(&json)?);
+    Ok(Explanation { fields, plan: plan(&json, bundle, &host), host })
 }
 
 /// Translates an OCI runtime specification. `bundle` is what relative host paths refer to.

@@ -13,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, Vmid};
 use crate::ledger::{self, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
-use crate::lxc::config::CgroupVersion;
 use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
@@ -281,10 +280,7 @@ impl Building {
             rootfs: plan.root_path.clone(),
             run_dir: self.dir.path().to_owned(),
             init: self.env.init_path.clone(),
-            cgroups: match self.env.host.cgroups {
-                oci::Cgroups::V1 { .. } => CgroupVersion::V1,
-                oci::Cgroups::V2 => CgroupVersion::V2,
-            },
+            cgroups: (&self.env.host.cgroups).into(),
             apparmor: self.env.host.apparmor,
         };
         let text = lxc::config::render(plan, &layout)?;

@@ -9,6 +9,7 @@ mod delete;
 mod events;
 mod exec;
 mod exit;
+mod explain;
 mod fallback;
 mod limits;
 mod oci;
@@ -89,6 +90,7 @@ pub fn all() -> Vec<Case> {
         signals::cases,
         limits::cases,
         oci::cases,
+        explain::cases,
         events::cases,
         delete::cases,
         config::cases,

@@ -7,7 +7,9 @@ use std::process::ExitCode;
 
 use crate::error::{Attempt, Error, Result};
 use crate::process;
-use crate::protocol::{EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecSetup, Reply, Request};
+use crate::protocol::{
+    CpuSet, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecSetup, Reply, Request,
+};
 use crate::rootfs::Root;
 use crate::socket::{Channel, read_setup};
 use crate::sys::{self, Cloned};
@@ -51,6 +53,8 @@ fn start(channel: &Channel) -> Result<()> {
     if files.len() != cgroup_files || stdio_fds.len() != if stdio { 3 } else { 0 } {
         return Err(missing());
     }
+    let affinity = &setup.process.exec_cpu_affinity;
+    set_affinity(affinity.initial.as_ref())?;
     let directory = match cgroup {
         ExecCgroup::Tasks => None,
         ExecCgroup::Directory if files.is_empty() => return Err(missing()),
@@ -90,8 +94,16 @@ fn start(channel: &Channel) -> Result<()> {
                     .attempt(|| "enter the cgroup namespace of the CT")?;
             }
             drop(pidfd);
+            set_affinity(affinity.last.as_ref())?;
             Err(become_process(channel, &setup, stdio_fds))
         }
+    }
+}
+
+fn set_affinity(cpus: Option<&CpuSet>) -> Result<()> {
+    match cpus {
+        Some(cpus) => sys::set_affinity(&cpus.0).attempt(|| "error setting CPU affinity"),
+        None => Ok(()),
     }
 }
 

@@ -62,6 +62,13 @@ fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> 
             .attempt(|| format!("error setting rlimit type {}", limit.resource))?;
     }
 
+    if let Some(scheduler) = &process.scheduler {
+        sys::set_scheduler(scheduler).attempt(|| "error setting scheduler")?;
+    }
+    if let Some(priority) = process.io_priority {
+        sys::set_io_priority(priority).attempt(|| "error setting IO priority")?;
+    }
+
     let cwd = sys::c_string(&process.cwd).attempt(|| "working directory")?;
     let entered = sys::chdir(&cwd);
     let privileged_filter = process.seccomp.as_ref().filter(|_| !process.no_new_privileges);

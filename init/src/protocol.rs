@@ -25,7 +25,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Raised by any change to a type of this module.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where the socket directory and the init binary are mounted in the CT until init removes them.
 pub const CT_DIR: &str = "/dev/.proxmox-shim";
@@ -207,7 +207,36 @@ pub struct Process {
     pub scope_abstract_sockets: bool,
     /// `Some`: a new pseudo terminal of the container's devpts is the process's stdio.
     pub terminal: Option<WindowSize>,
+    pub scheduler: Option<Scheduler>,
+    /// For `ioprio_set(2)`.
+    pub io_priority: Option<u16>,
+    /// Not for PID 1.
+    pub exec_cpu_affinity: ExecCpuAffinity,
 }
+
+/// `struct sched_attr` of `sched_setattr(2)`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheduler {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    /// This and the next two in nanoseconds.
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+
+/// Where an exec runs before and after it enters the container's cgroup; `None` changes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecCpuAffinity {
+    pub initial: Option<CpuSet>,
+    pub last: Option<CpuSet>,
+}
+
+/// The mask of `sched_setaffinity(2)`: bit n of word m is processor 64 m + n.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuSet(pub Vec<u64>);
 
 /// Bit masks: bit n is capability n of `capabilities(7)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

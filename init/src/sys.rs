@@ -10,6 +10,7 @@ use std::mem::{MaybeUninit, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+use crate::protocol::Scheduler;
 use libc::{c_int, c_long, c_uint, c_ulong, c_void};
 
 /// `MOUNT_ATTR_*` of `mount_setattr(2)`.
@@ -567,6 +568,56 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
             limit.as_ptr(),
             ptr::null_mut::<c_void>(),
         )
+    })
+    .map(drop)
+}
+
+/// `sched_setattr(2)` of this process.
+pub fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
+    #[repr(C)]
+    struct SchedAttr {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+        /// The lowest and the highest frequency wanted (`SCHED_FLAG_UTIL_CLAMP_*`).
+        clamps: [u32; 2],
+    }
+    let attributes = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: scheduler.policy,
+        flags: scheduler.flags,
+        nice: scheduler.nice,
+        priority: scheduler.priority,
+        runtime: scheduler.runtime,
+        deadline: scheduler.deadline,
+        period: scheduler.period,
+        clamps: [0; 2],
+    };
+    // SAFETY: the structure says its size itself.
+    check_long(unsafe { libc::syscall(libc::SYS_sched_setattr, 0 as c_int, &attributes, 0) })
+        .map(drop)
+}
+
+/// `ioprio_set(2)` of this process.
+pub fn set_io_priority(priority: u16) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: c_int = 1;
+    // SAFETY: numbers only.
+    check_long(unsafe {
+        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0 as c_int, c_int::from(priority))
+    })
+    .map(drop)
+}
+
+/// `sched_setaffinity(2)` of this process.
+pub fn set_affinity(mask: &[u64]) -> io::Result<()> {
+    // SAFETY: pointer and length belong together.
+    check_long(unsafe {
+        libc::syscall(libc::SYS_sched_setaffinity, 0 as c_int, size_of_val(mask), mask.as_ptr())
     })
     .map(drop)
 }

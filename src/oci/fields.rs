@@ -88,7 +88,6 @@ use Place::{Cgroup, Init, Lxc, Mount, Shim, State};
 use Verdict::{Applied, Ignored, Refused, Section, Translated, Warned};
 
 const OTHER_PLATFORM: Verdict = Ignored("for another operating system");
-const FIRST_PROCESS: Verdict = Refused("start the container without it");
 
 /// All fields, in the order of the specification.
 pub const FIELDS: &[Field] = &[
@@ -130,9 +129,20 @@ pub const FIELDS: &[Field] = &[
     field("process.apparmorProfile", Applied(Init)),
     field("process.oomScoreAdj", Applied(Init)),
     field("process.selinuxLabel", Refused("Proxmox VE has no SELinux; use an AppArmor profile")),
-    field("process.ioPriority", FIRST_PROCESS),
-    field("process.scheduler", FIRST_PROCESS),
-    field("process.execCPUAffinity", Refused("set linux.resources.cpu.cpus instead")),
+    field("process.ioPriority", Section),
+    field("process.ioPriority.class", Applied(Init)),
+    field("process.ioPriority.priority", Applied(Init)),
+    field("process.scheduler", Section),
+    field("process.scheduler.policy", Applied(Init)),
+    field("process.scheduler.nice", Applied(Init)),
+    field("process.scheduler.priority", Applied(Init)),
+    field("process.scheduler.flags", Applied(Init)),
+    field("process.scheduler.runtime", Applied(Init)),
+    field("process.scheduler.deadline", Applied(Init)),
+    field("process.scheduler.period", Applied(Init)),
+    field("process.execCPUAffinity", Section),
+    field("process.execCPUAffinity.initial", Applied(Init)),
+    field("process.execCPUAffinity.final", Applied(Init)),
     field("hooks", Section),
     field("hooks.prestart", Applied(Shim)),
     field("hooks.createRuntime", Applied(Shim)),

@@ -25,6 +25,7 @@ mod namespaces;
 pub mod plan;
 mod process;
 mod resources;
+mod scheduling;
 mod seccomp;
 mod sysctl;
 #[cfg(test)]
@@ -77,7 +78,7 @@ fn probe() -> Result<Host, Error> {
 /// What becomes of a bundle, field by field.
 #[derive(Debug)]
 pub struct Explanation {
-    /// Every field that the bundle sets, in the order of the document.
+    /// Every field that the bundle sets, in the order of their names.
     pub fields: Vec<SetField>,
     /// With the values looked at too.
     pub plan: Result<Plan, Error>,
@@ -141,7 +142,7 @@ pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error>
 /// Translates the OCI process of an exec request for a container whose own process is `container`.
 ///
 /// As with runc, the filter and the oom score adjustment are the container's, and what the request
-/// leaves out (capabilities, umask, AppArmor profile) is taken from the container.
+/// leaves out (capabilities, umask, AppArmor profile, limits, scheduling) is taken from the container.
 ///
 /// # Errors
 /// As [`plan()`].

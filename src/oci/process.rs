@@ -4,10 +4,10 @@ use std::path::Path;
 
 use nix::libc;
 use oci_spec::runtime::{Box as ConsoleSize, PosixRlimit, PosixRlimitType as Type, User};
-use proxmox_shim_init::protocol::{Process, Rlimit, Seccomp, WindowSize};
+use proxmox_shim_init::protocol::{ExecCpuAffinity, Process, Rlimit, Seccomp, WindowSize};
 
 use super::document::Document;
-use super::{Error, Host, capabilities, fields};
+use super::{Error, Host, capabilities, fields, scheduling};
 
 /// What a process gets that says nothing about it.
 const DEFAULT_UMASK: u32 = 0o022;
@@ -49,6 +49,9 @@ pub(super) fn container(
         seccomp,
         scope_abstract_sockets: false,
         terminal: terminal(spec)?,
+        scheduler: scheduling::scheduler(spec)?,
+        io_priority: scheduling::io_priority(spec)?,
+        exec_cpu_affinity: scheduling::exec_cpu_affinity(spec)?,
     })
 }
 
@@ -65,6 +68,14 @@ pub(super) fn exec(json: &[u8], container: &Process, host: &Host) -> Result<Exec
     process.umask = own_umask.or(container.umask);
     if process.apparmor_profile.is_none() {
         process.apparmor_profile = container.apparmor_profile.clone();
+    }
+    if process.rlimits.is_empty() {
+        process.rlimits = container.rlimits.clone();
+    }
+    process.scheduler = process.scheduler.or(container.scheduler);
+    process.io_priority = process.io_priority.or(container.io_priority);
+    if process.exec_cpu_affinity == ExecCpuAffinity::default() {
+        process.exec_cpu_affinity = container.exec_cpu_affinity.clone();
     }
     process.capabilities = own_capabilities.unwrap_or(container.capabilities);
     let bounding = container.capabilities.bounding;
@@ -237,7 +248,7 @@ fn personality(spec: &Document) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use proxmox_shim_init::protocol::Capabilities;
+    use proxmox_shim_init::protocol::{Capabilities, CpuSet, Scheduler};
 
     use super::super::tests::host;
     use super::*;
@@ -272,6 +283,9 @@ mod tests {
                 seccomp: None,
                 scope_abstract_sockets: false,
                 terminal: None,
+                scheduler: None,
+                io_priority: None,
+                exec_cpu_affinity: ExecCpuAffinity::default(),
             }
         );
     }
@@ -372,6 +386,10 @@ mod tests {
             apparmor_profile: Some("profile".to_owned()),
             seccomp: Some(Seccomp { flags: 4, program: vec![1; 8] }),
             terminal: Some(WindowSize::default()),
+            rlimits: vec![Rlimit { resource: 7, soft: 1, hard: 2 }],
+            scheduler: Some(Scheduler { policy: 3, ..Scheduler::default() }),
+            io_priority: Some(0x4005),
+            exec_cpu_affinity: ExecCpuAffinity { initial: Some(CpuSet(vec![1])), last: None },
             ..read_json(&minimal("")).unwrap()
         };
         let Exec { process, warnings } =
@@ -383,12 +401,26 @@ mod tests {
         assert_eq!(process.seccomp, container.seccomp);
         assert_eq!(process.terminal, None);
         assert!(process.no_new_privileges && warnings.is_empty());
+        assert_eq!(process.rlimits, container.rlimits);
+        assert_eq!(process.scheduler, container.scheduler);
+        assert_eq!(process.io_priority, container.io_priority);
+        assert_eq!(process.exec_cpu_affinity, container.exec_cpu_affinity);
 
         let Exec { process, .. } = exec_json(
-            &minimal(r#","user":{"umask":18},"apparmorProfile":"unconfined","terminal":true"#),
+            &minimal(
+                r#","user":{"umask":18},"apparmorProfile":"unconfined","terminal":true,
+                "rlimits":[{"type":"RLIMIT_CORE","soft":0,"hard":0}],
+                "scheduler":{"policy":"SCHED_IDLE"},"ioPriority":{"class":"IOPRIO_CLASS_IDLE"},
+                "execCPUAffinity":{"final":"1"}"#,
+            ),
             &container,
         );
         assert_eq!(process.umask, Some(0o22));
+        assert_eq!(process.rlimits, [Rlimit { resource: 4, soft: 0, hard: 0 }]);
+        assert_eq!(process.scheduler.unwrap().policy, 5);
+        assert_eq!(process.io_priority, Some(0x6000));
+        let affinity = ExecCpuAffinity { initial: None, last: Some(CpuSet(vec![2])) };
+        assert_eq!(process.exec_cpu_affinity, affinity);
         assert_eq!(process.apparmor_profile.as_deref(), Some("unconfined"));
         assert_eq!(process.terminal, Some(WindowSize::default()));
     }

@@ -134,6 +134,9 @@ pub fn process(args: &[&str]) -> Process {
         seccomp: None,
         scope_abstract_sockets: false,
         terminal: None,
+        scheduler: None,
+        io_priority: None,
+        exec_cpu_affinity: ExecCpuAffinity::default(),
     }
 }
 

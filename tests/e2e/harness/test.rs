@@ -242,6 +242,44 @@ impl Test {
         outcome.map(|reply| (reply.exit_status, text.trim_end().to_owned()))
     }
 
+    /// Runs a container without containerd and one exec in it: `change` edits its specification,
+    /// `process` that of the exec, which begins as the container's own. The exec's status and both
+    /// of its streams as text.
+    #[track_caller]
+    pub fn exec_spec(
+        &self,
+        id: &str,
+        command: &[&str],
+        change: impl FnOnce(&mut serde_json::Value),
+        process: impl FnOnce(&mut serde_json::Value),
+    ) -> Result<(u32, String), Refusal> {
+        let driver = self.driver();
+        let mut spec = driver.spec(id, &["sleep", "1000"]);
+        change(&mut spec);
+        let mut exec = spec["process"].clone();
+        exec["args"] = serde_json::json!(command);
+        process(&mut exec);
+        let log = self.directory.join(format!("{id}.out"));
+        let uri = format!("file://{}", log.display());
+        let io = Stdio3 { stdout: uri.clone(), stderr: uri, ..Stdio3::default() };
+        let shim = driver.start(id, &spec);
+        let outcome = shim
+            .create(&Stdio3::default())
+            .and_then(|_| shim.start(""))
+            .and_then(|_| shim.exec("e", &exec, &io))
+            .and_then(|()| shim.start("e"))
+            .and_then(|_| shim.wait("e"));
+        shim.finish();
+        driver.remove_bundle(id);
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        outcome.map(|reply| (reply.exit_status, text.trim_end().to_owned()))
+    }
+
+    /// What a shim that was driven without containerd has logged.
+    pub fn shim_log(&self, id: &str) -> String {
+        std::fs::read_to_string(self.node.root.join(format!("{id}.shim.log"))).unwrap_or_default()
+    }
+
     /// Drives the shim under test directly, with bundles in this test's directory.
     pub fn driver(&self) -> Driver<'_> {
         Driver::new(&self.node, &self.node.setting.runtime, &self.directory)

@@ -14,6 +14,7 @@ mod fallback;
 mod limits;
 mod oci;
 mod parallel;
+mod process;
 mod proxmox;
 mod restart;
 mod run;
@@ -90,6 +91,7 @@ pub fn all() -> Vec<Case> {
         signals::cases,
         limits::cases,
         oci::cases,
+        process::cases,
         explain::cases,
         events::cases,
         delete::cases,

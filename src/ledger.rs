@@ -4,6 +4,7 @@
 //! in a fresh process finds everything that may exist. `exit.json` is written by the stop hook.
 //! The directory lies on a tmpfs: after a reboot it is gone, and so is the CT's process.
 
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use proxmox_shim_init::protocol::Hook;
 use serde::{Deserialize, Serialize};
 
 use crate::sys::pidfd;
@@ -234,8 +236,10 @@ pub struct Record {
     pub bundle: PathBuf,
     /// The marker by which the CT is ours (`pve::identity`); set just before the CT is created.
     pub identity: Option<String>,
-    /// The bundle has OCI hooks and they may have begun to run, so those of poststop must.
-    pub hooks_ran: bool,
+    /// Set just before the first OCI hook runs: from then on those of poststop must. The bundle may
+    /// be gone by then.
+    #[serde(default)]
+    pub poststop: Option<Poststop>,
     /// PID 1, once it has connected.
     pub init: Option<ProcessId>,
     /// lxc-start, once init has connected.
@@ -266,13 +270,21 @@ impl Record {
             version: VERSION,
             bundle,
             identity: None,
-            hooks_ran: false,
+            poststop: None,
             init: None,
             monitor: None,
             cgroups: Vec::new(),
             shares_pids: false,
         }
     }
+}
+
+/// OCI poststop hooks with what the state tells them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Poststop {
+    pub hooks: Vec<Hook>,
+    pub oci_version: String,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A process that can be recognised later: pids are reused, pids with a start time are not.

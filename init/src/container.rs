@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
 use crate::error::{Attempt, Error, Result, quote};
-use crate::hook;
 use crate::mounts::{self, Mounter};
+use crate::oci_hooks;
 use crate::process;
 use crate::protocol::{
     CT_DIR, ContainerSetup, Device, EXIT_NOT_EXECUTED, Reply, Request, SOCKET_NAME, VERSION,
@@ -49,7 +49,7 @@ fn become_workload(channel: &Channel) -> Error {
     };
     match prepare() {
         Ok((setup, root)) => process::execute(&setup.process, root, || {
-            hook::run_start_hooks(&setup.start_hooks, &setup.state_json)
+            oci_hooks::start_container(&setup.start_container)
         }),
         Err(error) => error,
     }
@@ -74,18 +74,19 @@ fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
     for (from, to) in &setup.links {
         make_link(&root, from, to)?;
     }
+    make_cwd(&root, &setup.process.cwd)?;
+    if setup.loopback_up {
+        sys::loopback_up().attempt(|| "bring the loopback interface up")?;
+    }
+    hooks_of_creation(channel, &setup)?;
+
     let streams = Streams::open(&root, &setup.process, stdio)?;
     streams.bind_console(&root)?;
-    make_cwd(&root, &setup.process.cwd)?;
-
     if let Some(name) = &setup.hostname {
         sys::set_hostname(name).attempt(|| format!("set the hostname {}", quote(name)))?;
     }
     if let Some(name) = &setup.domainname {
         sys::set_domainname(name).attempt(|| format!("set the domain name {}", quote(name)))?;
-    }
-    if setup.loopback_up {
-        sys::loopback_up().attempt(|| "bring the loopback interface up")?;
     }
     write_sysctls(&setup.sysctls)?;
 
@@ -105,6 +106,22 @@ fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
     }
     streams.report_ready(channel)?;
     Ok((setup, root))
+}
+
+/// The moment for which the specification has three kinds of hooks: all mounts are there, and
+/// nothing is read-only or masked yet. The shim runs those of the host first.
+fn hooks_of_creation(channel: &Channel, setup: &ContainerSetup) -> Result<()> {
+    channel.send(&Reply::Mounted, &[])?;
+    let (Request::Finish, mut fds) = channel.receive()? else {
+        return Err(Error::Protocol("expected Finish"));
+    };
+    match (setup.create_container.hooks.is_empty(), fds.pop()) {
+        (true, None) => Ok(()),
+        (false, Some(host)) => {
+            oci_hooks::create_container(&setup.create_container, &setup.rootfs, host)
+        }
+        _ => Err(Error::Protocol("expected the host's tree for createContainer hooks only")),
+    }
 }
 
 fn receive_setup(channel: &Channel) -> Result<(ContainerSetup, Vec<OwnedFd>)> {

@@ -52,8 +52,10 @@ pub enum Error {
         /// Why.
         reason: Box<Error>,
     },
-    /// A `startContainer` hook failed.
+    /// An OCI hook failed.
     Hook {
+        /// `createContainer` or `startContainer`.
+        kind: &'static str,
         /// Its position in the specification.
         index: usize,
         /// How it ended, and what it printed.
@@ -89,8 +91,8 @@ impl fmt::Display for Error {
             Self::Hierarchy { name, reason } => {
                 write!(f, "cgroup hierarchy {}: {reason}", quote(name))
             }
-            Self::Hook { index, reason } => {
-                write!(f, "error running startContainer hook #{index}: {reason}")
+            Self::Hook { kind, index, reason } => {
+                write!(f, "error running {kind} hook #{index}: {reason}")
             }
             Self::Protocol(what) => write!(f, "protocol error between shim and init: {what}"),
             Self::Version { shim } => write!(

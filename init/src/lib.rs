@@ -12,6 +12,7 @@ pub mod error;
 pub mod exec;
 pub mod hook;
 pub mod mounts;
+pub mod oci_hooks;
 pub mod process;
 pub mod rootfs;
 pub mod socket;

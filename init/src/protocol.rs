@@ -9,6 +9,8 @@
 //! PID 1   init  -> Hello
 //!         shim  -> Container     fds: memfd(ContainerSetup) [stdin stdout stderr unless a terminal]
 //!         shim  -> Descriptors*  fds: the detached mounts, in the order of ContainerSetup::mounts
+//!         init  -> Mounted       the shim runs hooks on the host
+//!         shim  -> Finish        fds: [the host's tree, if there are createContainer hooks]
 //!         init  -> Ready         fds: [terminal master]
 //!         shim  -> Go
 //!         EOF: the workload's execve succeeded      or  init -> Failed, then exit 127
@@ -49,6 +51,8 @@ pub enum Request {
     Container { stdio: bool },
     /// The next detached mounts.
     Descriptors,
+    /// The host's part is done: run the createContainer hooks, protect what is to be protected.
+    Finish,
     /// Execute the workload.
     Go,
     /// Start one more process in a running CT. `cgroup_files` descriptors follow the pidfd:
@@ -71,6 +75,8 @@ pub enum Reply {
     Hello {
         version: u32,
     },
+    /// PID 1: the container's mounts and devices exist, and nothing of them is protected yet.
+    Mounted,
     /// PID 1: everything but the workload is in place. Exec: the terminal exists.
     Ready {
         terminal: bool,
@@ -109,10 +115,12 @@ pub struct ContainerSetup {
     pub sysctls: Vec<(String, String)>,
     pub masked_paths: Vec<String>,
     pub readonly_paths: Vec<String>,
+    /// OCI `createContainer` hooks, run after [`Reply::Mounted`] with the host's files.
+    pub create_container: ContainerHooks,
+    /// Where the container's root is on the host: absolute and without symbolic links.
+    pub rootfs: String,
     /// OCI `startContainer` hooks, run in the container just before the workload.
-    pub start_hooks: Vec<Hook>,
-    /// The OCI state JSON that `start_hooks` read on stdin.
-    pub state_json: String,
+    pub start_container: ContainerHooks,
     pub process: Process,
 }
 
@@ -170,6 +178,15 @@ pub struct Device {
     pub minor: u32,
     pub uid: u32,
     pub gid: u32,
+}
+
+/// Hooks that run in the container's namespaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerHooks {
+    pub hooks: Vec<Hook>,
+    /// The OCI state that they read on stdin: a JSON object with members, without the pid, which
+    /// init adds.
+    pub state_json: String,
 }
 
 /// An OCI hook.

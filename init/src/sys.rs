@@ -317,6 +317,12 @@ pub fn chdir(path: &CStr) -> io::Result<()> {
     check(unsafe { libc::chdir(path.as_ptr()) }).map(drop)
 }
 
+/// `fchdir(2)`.
+pub fn fchdir(directory: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: a number.
+    check(unsafe { libc::fchdir(directory.as_raw_fd()) }).map(drop)
+}
+
 /// The working directory as the kernel names it: the system call itself, because the C library
 /// hides the `(unreachable)` prefix.
 pub fn getcwd() -> io::Result<Vec<u8>> {
@@ -372,6 +378,13 @@ pub fn set_root_propagation(flags: u64) -> io::Result<()> {
 pub fn detach_mount(path: &CStr) -> io::Result<()> {
     // SAFETY: `path` is NUL-terminated.
     check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) })
+        .map(drop)
+}
+
+/// `pivot_root(2)`.
+pub fn pivot_root(new_root: &CStr, put_old: &CStr) -> io::Result<()> {
+    // SAFETY: both are NUL-terminated.
+    check_long(unsafe { libc::syscall(libc::SYS_pivot_root, new_root.as_ptr(), put_old.as_ptr()) })
         .map(drop)
 }
 

@@ -503,13 +503,13 @@ fn start_hooks_run_before_the_workload() {
     for no_new_privileges in [false, true] {
         let mut ct = Ct::new();
         let mut good = setup(&["cat", "/tmp/hook", "/tmp/out"]);
-        good.start_hooks = vec![hook(&format!("({script}) > /tmp/out 2>&1"))];
+        good.start_container.hooks = vec![hook(&format!("({script}) > /tmp/out 2>&1"))];
         good.process.uid = 77;
         good.process.no_new_privileges = no_new_privileges;
         good.process.seccomp =
             Some(Seccomp { flags: 0, program: filter(&[libc::SYS_mkdir], RET_EPERM) });
         let wanted = format!(
-            "{{\"id\":\"x\"}}1\n77\n4\nmkdir: can't create directory '/tmp/d': Operation not \
+            "{{\"pid\":1,\"id\":\"x\"}}1\n77\n4\nmkdir: can't create directory '/tmp/d': Operation not \
              permitted\nCapEff:\t0000000000000000\nNoNewPrivs:\t{}\n",
             u32::from(no_new_privileges)
         );
@@ -518,7 +518,7 @@ fn start_hooks_run_before_the_workload() {
 
     let mut ct = Ct::new();
     let mut bad = setup(&["touch", "/tmp/ran"]);
-    bad.start_hooks = vec![hook("echo because; exit 4")];
+    bad.start_container.hooks = vec![hook("echo because; exit 4")];
     let (reply, _) = ct.set_up(&bad, &[], &[null(), null(), null()]);
     assert!(matches!(reply, Reply::Ready { .. }));
     assert_eq!(

@@ -115,6 +115,16 @@ fn with_atime(set: u64, clear: u64) -> u64 {
     if set & libc::MOUNT_ATTR__ATIME == 0 { clear } else { clear | libc::MOUNT_ATTR__ATIME }
 }
 
+/// A copy of the host's whole mount tree, for hooks that look at the host from inside the CT's mount
+/// namespace: the host's mounts arrive in it, and nothing goes back.
+///
+/// # Errors
+/// [`Error`].
+pub fn host_tree() -> Result<OwnedFd, Error> {
+    let slave = [libc::MS_SLAVE | libc::MS_REC];
+    open(Path::new("/"), "/", true, MountAttributes::default(), &slave).map(|mount| mount.fd)
+}
+
 /// One file, such as the init binary, opened (`O_PATH`) on a private, read-only mount that belongs to no
 /// namespace: whoever runs it from there cannot be used to write to it.
 ///

@@ -131,7 +131,7 @@ impl Session {
             .map_err(|source| Error::Socket { action: "watch its socket", source })
     }
 
-    /// Has the container set up: returns the terminal's master if the process asked for one.
+    /// Has the container's mounts and devices made, up to the moment for hooks.
     ///
     /// `mounts` are the detached mounts in the order of `setup.mounts`.
     ///
@@ -142,7 +142,7 @@ impl Session {
         setup: &ContainerSetup,
         stdio: Option<[OwnedFd; 3]>,
         mounts: Vec<OwnedFd>,
-    ) -> Result<Option<OwnedFd>, Error> {
+    ) -> Result<(), Error> {
         let body = memory_file(setup)?;
         let mut fds = vec![body];
         let request = Request::Container { stdio: stdio.is_some() };
@@ -153,6 +153,20 @@ impl Session {
             let batch: Vec<OwnedFd> = mounts.by_ref().take(DESCRIPTORS_PER_MESSAGE).collect();
             self.send(&Request::Descriptors, batch).await?;
         }
+        match self.receive("the container was set up").await? {
+            (Reply::Mounted, _) => Ok(()),
+            (other, _) => Err(unexpected(&other, "its mounts")),
+        }
+    }
+
+    /// Has the container completed: returns the terminal's master if the process asked for one.
+    ///
+    /// `host` is the host's mount tree for createContainer hooks, and for them only.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with init's own sentence if a step failed in the CT.
+    pub async fn finish(&self, host: Option<OwnedFd>) -> Result<Option<OwnedFd>, Error> {
+        self.send(&Request::Finish, host.into_iter().collect()).await?;
         self.ready().await
     }
 

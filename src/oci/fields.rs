@@ -146,10 +146,7 @@ pub const FIELDS: &[Field] = &[
     field("hooks", Section),
     field("hooks.prestart", Applied(Shim)),
     field("hooks.createRuntime", Applied(Shim)),
-    field(
-        "hooks.createContainer",
-        Refused("use createRuntime (on the host) or startContainer (in the container)"),
-    ),
+    field("hooks.createContainer", Applied(Init)),
     field("hooks.startContainer", Applied(Init)),
     field("hooks.poststart", Applied(Shim)),
     field("hooks.poststop", Applied(Shim)),

@@ -12,6 +12,7 @@ pub(super) fn read(spec: &Document) -> Result<Hooks, Error> {
     Ok(Hooks {
         prestart: list(spec, "hooks.prestart")?,
         create_runtime: list(spec, "hooks.createRuntime")?,
+        create_container: list(spec, "hooks.createContainer")?,
         start_container: list(spec, "hooks.startContainer")?,
         poststart: list(spec, "hooks.poststart")?,
         poststop: list(spec, "hooks.poststop")?,
@@ -36,10 +37,18 @@ fn list(spec: &Document, path: &str) -> Result<Vec<Hook>, Error> {
                     ));
                 }
             };
+            let env = hook.env().clone().unwrap_or_default();
+            if let Some(index) = env.iter().position(|entry| !entry.contains('=')) {
+                // The value may be a secret, so it is not repeated here.
+                return Err(Error::invalid(
+                    format!("{field}.env[{index}]"),
+                    "must have the form NAME=value",
+                ));
+            }
             Ok(Hook {
                 path: hook.path().to_string_lossy().into_owned(),
                 args: hook.args().clone().unwrap_or_default(),
-                env: hook.env().clone().unwrap_or_default(),
+                env,
                 timeout,
             })
         })
@@ -59,7 +68,7 @@ mod tests {
         let hooks = read_json(
             r#"{"hooks":{"prestart":[{"path":"/a"}],
             "createRuntime":[{"path":"/b","args":["b","-x"],"env":["A=1"],"timeout":5},{"path":"/c"}],
-            "startContainer":[{"path":"/d"}],"poststart":[{"path":"/e"}],"poststop":[{"path":"/f"}]}}"#,
+            "createContainer":[{"path":"/g"}],"startContainer":[{"path":"/d"}],"poststart":[{"path":"/e"}],"poststop":[{"path":"/f"}]}}"#,
         )
         .unwrap();
         let plain =
@@ -77,6 +86,7 @@ mod tests {
                     },
                     plain("/c"),
                 ],
+                create_container: vec![plain("/g")],
                 start_container: vec![plain("/d")],
                 poststart: vec![plain("/e")],
                 poststop: vec![plain("/f")],
@@ -89,6 +99,10 @@ mod tests {
     fn wrong_hooks_are_refused() {
         for (json, expected) in [
             (r#"{"hooks":{"poststop":[{"path":"a"}]}}"#, "hooks.poststop[0].path must be absolute"),
+            (
+                r#"{"hooks":{"prestart":[{"path":"/a","env":["A=","B"]}]}}"#,
+                "hooks.prestart[0].env[1] must have the form NAME=value",
+            ),
             (
                 r#"{"hooks":{"poststart":[{"path":"/a","timeout":0}]}}"#,
                 "hooks.poststart[0].timeout must be greater than zero",

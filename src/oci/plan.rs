@@ -166,6 +166,8 @@ pub struct Hooks {
     /// Run by the shim on the host once the namespaces exist, before `create_runtime`.
     pub prestart: Vec<Hook>,
     pub create_runtime: Vec<Hook>,
+    /// Run by init with the host's files, in the container's namespaces.
+    pub create_container: Vec<Hook>,
     /// Run by init in the container.
     pub start_container: Vec<Hook>,
     /// Run by the shim after the workload was started.

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::libc;
-use proxmox_shim_init::protocol::{ContainerSetup, MountSource, VERSION};
+use proxmox_shim_init::protocol::{ContainerHooks, ContainerSetup, Hook, MountSource, VERSION};
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Vmid};
-use crate::ledger::{self, ProcessId, Record, RunDir, Stat};
+use crate::ledger::{self, Poststop, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
-use crate::oci::plan::{Hooks, Namespace, Plan, PlannedMount, Resources};
+use crate::oci::plan::{Namespace, Plan, PlannedMount, Resources};
 use crate::oci::{self, Host};
 use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
@@ -159,7 +159,7 @@ impl Building {
         let connected = self.start(vmid, listener).await?;
 
         let pid = connected.pid;
-        self.record.hooks_ran = plan.hooks != Hooks::default();
+        self.record.poststop = poststop(&plan);
         self.record.shares_pids = plan.namespaces.pid != Namespace::New;
         self.record.init = Some(ProcessId::of(pid)?);
         // A monitor that has just died has left its init to the node's.
@@ -201,17 +201,20 @@ impl Building {
         };
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
         let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
-        let terminal =
-            self.or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts)).await??;
-        if let Some(master) = terminal {
-            stdio.attach_terminal(master)?;
-        }
+        self.or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts)).await??;
         let state = ct.state("creating");
         self.or_given_up(async {
             hooks::run("prestart", &ct.plan.hooks.prestart, &state).await?;
             hooks::run("createRuntime", &ct.plan.hooks.create_runtime, &state).await
         })
         .await??;
+        let host = match ct.plan.hooks.create_container.is_empty() {
+            true => None,
+            false => Some(blocking(|| Ok(detached::host_tree()?)).await?),
+        };
+        if let Some(master) = self.or_given_up(connected.session.finish(host)).await?? {
+            stdio.attach_terminal(master)?;
+        }
         Ok(Created { ct, session: connected.session, stdio })
     }
 
@@ -475,8 +478,16 @@ impl RunningCt {
                 })
             }
         });
-        let state_json = serde_json::to_string(&self.state("created"))
-            .map_err(|error| Error::Io { action: "render the OCI state", source: error.into() })?;
+        let hooks = |hooks: &[Hook], status| -> Result<ContainerHooks> {
+            let state = hooks::State { pid: None, ..self.state(status) };
+            let state_json = serde_json::to_string(&state).map_err(|error| Error::Io {
+                action: "render the OCI state",
+                source: error.into(),
+            })?;
+            Ok(ContainerHooks { hooks: hooks.to_vec(), state_json })
+        };
+        let io = |source| Error::Io { action: "resolve the path of the rootfs", source };
+        let rootfs = plan.root_path.canonicalize().map_err(io)?;
         Ok(ContainerSetup {
             version: VERSION,
             hostname: plan.hostname.clone(),
@@ -490,11 +501,22 @@ impl RunningCt {
             sysctls: plan.sysctls.clone(),
             masked_paths: plan.masked_paths.clone(),
             readonly_paths: plan.readonly_paths.clone(),
-            start_hooks: plan.hooks.start_container.clone(),
-            state_json,
+            create_container: hooks(&plan.hooks.create_container, "creating")?,
+            rootfs: rootfs.to_string_lossy().into_owned(),
+            start_container: hooks(&plan.hooks.start_container, "created")?,
             process: plan.process.clone(),
         })
     }
+}
+
+/// What the ledger keeps of the plan for the container's end.
+fn poststop(plan: &Plan) -> Option<Poststop> {
+    let hooks = plan.hooks.poststop.clone();
+    (!hooks.is_empty()).then(|| Poststop {
+        hooks,
+        oci_version: plan.oci_version.clone(),
+        annotations: plan.annotations.clone(),
+    })
 }
 
 fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {

@@ -1,25 +1,29 @@
 //! OCI hooks that run on the host.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use proxmox_shim_init::protocol::Hook;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
 
 /// What a failing hook may say in the error.
 const OUTPUT_LIMIT: usize = 1024;
+/// What the kernel keeps of a pipe at most by default (pipe(7)).
+const PIPE_CAPACITY: usize = 64 * 1024;
 
 /// A hook that did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It could not be run.
     #[error("run {kind} hook {path}")]
-    Run { kind: &'static str, path: String, source: std::io::Error },
+    Run { kind: &'static str, path: String, source: io::Error },
     /// It ended with another status than 0.
     #[error("{kind} hook {path} failed: {status}: {output}")]
-    Failed { kind: &'static str, path: String, status: std::process::ExitStatus, output: String },
+    Failed { kind: &'static str, path: String, status: ExitStatus, output: String },
     /// It took longer than its timeout and was killed.
     #[error("{kind} hook {path} did not end within {seconds} s")]
     Timeout { kind: &'static str, path: String, seconds: u64 },
@@ -52,6 +56,37 @@ pub async fn run(kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Resul
 async fn run_one(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(), Error> {
     let failed = |source| Error::Run { kind, path: hook.path.clone(), source };
     let input = serde_json::to_vec(state).map_err(|error| failed(error.into()))?;
+    let mut said = Tail::default();
+    // Hooks of poststop may run after containerd has removed the bundle.
+    let directory = if state.bundle.is_dir() { state.bundle } else { Path::new("/") };
+    let work = execute(hook, directory, &input, &mut said);
+    let status = match hook.timeout {
+        Some(seconds) => match tokio::time::timeout(Duration::from_secs(seconds), work).await {
+            Ok(status) => status,
+            Err(_) => return Err(Error::Timeout { kind, path: hook.path.clone(), seconds }),
+        },
+        // The specification sets no limit; the client may give up by deleting the task.
+        None => work.await,
+    }
+    .map_err(failed)?;
+    match status.success() {
+        true => Ok(()),
+        false => {
+            Err(Error::Failed { kind, path: hook.path.clone(), status, output: said.into_text() })
+        }
+    }
+}
+
+/// Runs the program; it is killed when this is dropped. Its end is waited for, not that of what it
+/// leaves behind, which may keep its output open.
+async fn execute(
+    hook: &Hook,
+    directory: &Path,
+    input: &[u8],
+    said: &mut Tail,
+) -> io::Result<ExitStatus> {
+    let (writer, mut output) = pipe::pipe()?;
+    let writer = writer.into_blocking_fd()?;
     let mut command = tokio::process::Command::new(&hook.path);
     if let Some((name, arguments)) = hook.args.split_first() {
         command.arg0(name).args(arguments);
@@ -59,42 +94,58 @@ async fn run_one(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(
     command
         .env_clear()
         .envs(hook.env.iter().filter_map(|entry| entry.split_once('=')))
-        .current_dir(state.bundle)
+        .current_dir(directory)
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
         .kill_on_drop(true);
-    let work = async {
-        let mut child = command.spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            match stdin.write_all(&input).await {
-                // It may end without reading its state.
-                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
-                result => result?,
-            }
+    let mut child = command.spawn()?;
+    // It holds ends of the output.
+    drop(command);
+    let stdin = child.stdin.take();
+    let feed = async move {
+        // A hook may end without reading its state.
+        if let Some(mut stdin) = stdin {
+            let _ = stdin.write_all(input).await;
         }
-        child.wait_with_output().await
     };
-    let output = match hook.timeout {
-        Some(seconds) => match tokio::time::timeout(Duration::from_secs(seconds), work).await {
-            Ok(output) => output,
-            Err(_) => return Err(Error::Timeout { kind, path: hook.path.clone(), seconds }),
-        },
-        // The specification sets no limit; the client may give up by deleting the task.
-        None => work.await,
+    tokio::pin!(feed);
+    let (mut fed, mut open) = (false, true);
+    let mut buffer = [0; 1024];
+    let status = loop {
+        tokio::select! {
+            status = child.wait() => break status?,
+            () = &mut feed, if !fed => fed = true,
+            read = output.read(&mut buffer), if open => match read? {
+                0 => open = false,
+                n => said.push(&buffer[..n]),
+            },
+        }
+    };
+    // What is in the pipe already; more than it holds comes from somebody who goes on writing.
+    for _ in 0..PIPE_CAPACITY / buffer.len() {
+        match output.try_read(&mut buffer) {
+            Ok(n @ 1..) => said.push(&buffer[..n]),
+            _ => break,
+        }
     }
-    .map_err(failed)?;
-    if output.status.success() {
-        return Ok(());
+    Ok(status)
+}
+
+/// The end of a text of any length.
+#[derive(Default)]
+struct Tail(Vec<u8>);
+
+impl Tail {
+    fn push(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+        let excess = self.0.len().saturating_sub(OUTPUT_LIMIT);
+        self.0.drain(..excess);
     }
-    let said = if output.stderr.is_empty() { output.stdout } else { output.stderr };
-    let said = &said[said.len().saturating_sub(OUTPUT_LIMIT)..];
-    Err(Error::Failed {
-        kind,
-        path: hook.path.clone(),
-        status: output.status,
-        output: String::from_utf8_lossy(said).trim().to_owned(),
-    })
+
+    fn into_text(self) -> String {
+        String::from_utf8_lossy(&self.0).trim().to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -147,5 +198,36 @@ mod tests {
     async fn a_hanging_hook_is_ended() {
         let error = run_script("exec sleep 60", Some(1)).await.unwrap_err();
         assert!(matches!(error, Error::Timeout { seconds: 1, .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn much_output_is_read_and_its_end_kept() {
+        let script = "yes 0123456789 | head -c 3000000; echo the end; exit 4";
+        let error = run_script(script, Some(30)).await.unwrap_err();
+        let Error::Failed { output, .. } = error else { panic!("{error}") };
+        assert!(output.len() <= OUTPUT_LIMIT && output.ends_with("the end"), "{output}");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_stays_does_not_keep_the_hook() {
+        let begin = std::time::Instant::now();
+        run_script("sleep 20 & exit 0", None).await.unwrap();
+        let error = run_script("echo said; (sleep 20; echo late) & exit 1", None).await;
+        assert!(error.unwrap_err().to_string().ends_with("said"));
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[tokio::test]
+    async fn a_hook_need_not_read_a_long_state() {
+        let annotations = BTreeMap::from([("a".to_owned(), "x".repeat(1 << 20))]);
+        let state = State {
+            oci_version: "1.0.2",
+            id: "web",
+            status: "creating",
+            pid: None,
+            bundle: Path::new("/tmp"),
+            annotations: &annotations,
+        };
+        run("prestart", &[hook("exec 0<&-; sleep 0.1", Some(20))], &state).await.unwrap();
     }
 }

@@ -9,14 +9,14 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
 use nix::libc;
+use proxmox_shim_init::protocol::Hook;
 use tokio::time::Instant;
 
 use crate::config::{Config, Vmid};
-use crate::ledger::{ProcessId, Record, RunDir};
+use crate::ledger::{Poststop, ProcessId, Record, RunDir};
 use crate::lxc::cgroup::Cgroup;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::{cgroup, rootfs};
-use crate::oci;
 use crate::pve;
 use crate::pve::conf::ParsedConf;
 use crate::pve::identity::{self, Identity};
@@ -33,6 +33,8 @@ const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
 /// What a `delete` can spare of its 5 s for the end of lxc-start.
 const RECLAIM_MONITOR_TIMEOUT: Duration = Duration::from_secs(2);
 const DELETE_LIMIT: Duration = Duration::from_secs(3);
+/// For a hook that sets no limit itself: nobody can give up a removal.
+const POSTSTOP_SECONDS: u64 = 60;
 
 /// Removes the CT, the rootfs's mount and the run directory; runs the poststop hooks.
 ///
@@ -68,8 +70,8 @@ pub async fn teardown(
     }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
-    if record.hooks_ran {
-        poststop(id, &record.bundle).await;
+    if let Some(hooks) = &record.poststop {
+        poststop(id, &record.bundle, hooks).await;
     }
     let dir = dir.clone();
     blocking(move || Ok(dir.remove()?)).await
@@ -122,23 +124,22 @@ async fn remove_cgroups(cgroups: Vec<String>) -> Result<()> {
     blocking(names).await
 }
 
-/// Whoever set a network up must get to take it down. A hook that fails does not keep the task.
-async fn poststop(id: &str, bundle: &Path) {
-    let path = bundle.to_owned();
-    let run = async {
-        let plan = blocking(move || Ok(oci::load(&path)?)).await?;
-        let state = hooks::State {
-            oci_version: &plan.oci_version,
-            id,
-            status: "stopped",
-            pid: None,
-            bundle,
-            annotations: &plan.annotations,
-        };
-        Ok::<_, Error>(hooks::run("poststop", &plan.hooks.poststop, &state).await?)
+/// Whoever set a network up must get to take it down. A hook that fails keeps neither the task nor
+/// the hooks after it.
+async fn poststop(id: &str, bundle: &Path, poststop: &Poststop) {
+    let state = hooks::State {
+        oci_version: &poststop.oci_version,
+        id,
+        status: "stopped",
+        pid: None,
+        bundle,
+        annotations: &poststop.annotations,
     };
-    if let Err(error) = run.await {
-        log::warn!(container = id; "{}", sentence(&error));
+    for hook in &poststop.hooks {
+        let bounded = Hook { timeout: hook.timeout.or(Some(POSTSTOP_SECONDS)), ..hook.clone() };
+        if let Err(error) = hooks::run("poststop", &[bounded], &state).await {
+            log::warn!(container = id; "{}", sentence(&error.into()));
+        }
     }
 }
 

@@ -103,6 +103,10 @@ impl Output {
     }
 }
 
+fn root() -> File {
+    File::open("/").unwrap()
+}
+
 pub fn null() -> OwnedFd {
     File::options().read(true).write(true).open("/dev/null").unwrap().into()
 }
@@ -215,8 +219,9 @@ pub fn setup(args: &[&str]) -> ContainerSetup {
         sysctls: vec![],
         masked_paths: strings(&["/proc/acpi", "/proc/kcore", "/proc/keys", "/nowhere"]),
         readonly_paths: strings(&["/proc/bus", "/proc/sys", "/proc/irq", "/proc/nowhere"]),
-        start_hooks: vec![],
-        state_json: "{\"id\":\"x\"}".to_owned(),
+        create_container: ContainerHooks::default(),
+        rootfs: "/".to_owned(),
+        start_container: ContainerHooks { hooks: vec![], state_json: "{\"id\":\"x\"}".to_owned() },
         process: process(args),
     }
 }
@@ -358,6 +363,17 @@ impl Ct {
             let fds: Vec<BorrowedFd<'_>> = batch.iter().map(AsFd::as_fd).collect();
             send(self.socket(), &Request::Descriptors, &fds);
         }
+        let mounted = receive(self.socket()).expect("init ended before it had mounted");
+        if !matches!(mounted.0, Reply::Mounted) {
+            return mounted;
+        }
+        let host = (!setup.create_container.hooks.is_empty())
+            .then(|| sys::clone_mount(root().as_fd(), true).unwrap());
+        if let Some(host) = &host {
+            sys::change_mount(host.as_fd(), 0, libc::MS_SLAVE, true).unwrap();
+        }
+        let fds: Vec<BorrowedFd<'_>> = host.iter().map(AsFd::as_fd).collect();
+        send(self.socket(), &Request::Finish, &fds);
         receive(self.socket()).expect("init ended before it was ready")
     }
 

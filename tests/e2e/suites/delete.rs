@@ -28,6 +28,7 @@ cases!("delete":
     sigterm_ends_an_idle_shim,
     a_delete_that_proxmox_holds_up_tells_the_status_and_is_made_up_for,
     what_was_left_behind_does_not_block_the_id,
+    poststop_hooks_of_what_was_left_behind_run_without_its_bundle,
     a_container_of_another_containerd_is_not_touched,
     a_client_that_gives_up_leaves_nothing,
     processes_in_the_hosts_pid_namespace_do_not_outlive_a_crash,
@@ -249,8 +250,8 @@ fn crash(shim: &Shim) {
 }
 
 /// A container that ended with status 7, whose shim crashed, and which `delete` could not remove.
-fn left_behind(t: &Test, driver: &Driver<'_>, id: &str) {
-    let shim = driver.start(id, &driver.spec(id, &["probe", "exit", "7"]));
+fn left_behind(t: &Test, driver: &Driver<'_>, id: &str, spec: &serde_json::Value) {
+    let shim = driver.start(id, spec);
     shim.create(&Stdio3::default()).expect("create");
     shim.start("").expect("start");
     assert_eq!(shim.wait("").expect("wait").exit_status, 7);
@@ -265,9 +266,36 @@ fn left_behind(t: &Test, driver: &Driver<'_>, id: &str) {
     driver.remove_bundle(id);
 }
 
+fn poststop_hooks_of_what_was_left_behind_run_without_its_bundle(t: &Test) {
+    let (id, next, driver) = (t.id("a"), t.id("b"), t.driver());
+    let file = t.file("state");
+    let mut spec = driver.spec(&id, &["probe", "exit", "7"]);
+    let script = format!("cat >> {file}");
+    spec["hooks"] = serde_json::json!({"poststop": [
+        // One that fails does not keep the others from running.
+        {"path": "/bin/false"},
+        {"path": "/bin/sh", "args": ["sh", "-c", script]},
+    ]});
+    spec["annotations"] = serde_json::json!({"network": "is mine"});
+    left_behind(t, &driver, &id, &spec);
+    let shim = driver.start(&next, &driver.spec(&next, &["true"]));
+    let state = eventually("the next shim runs the hook", Duration::from_secs(10), || {
+        std::fs::read_to_string(&file).ok().filter(|state| !state.is_empty())
+    });
+    let state: serde_json::Value = serde_json::from_str(&state).expect("one state, as JSON");
+    assert_eq!(state["status"], "stopped");
+    assert_eq!(state["annotations"]["network"], "is mine");
+    assert_eq!(state["id"], id);
+    eventually("the next shim removes it", Duration::from_secs(10), || {
+        t.node.pve().vmid_of(&id).is_none().then_some(())
+    });
+    shim.finish();
+    driver.remove_bundle(&next);
+}
+
 fn a_delete_that_proxmox_holds_up_tells_the_status_and_is_made_up_for(t: &Test) {
     let (id, next, driver) = (t.id("a"), t.id("b"), t.driver());
-    left_behind(t, &driver, &id);
+    left_behind(t, &driver, &id, &driver.spec(&id, &["probe", "exit", "7"]));
     let shim = driver.start(&next, &driver.spec(&next, &["true"]));
     eventually("the next shim removes it", Duration::from_secs(10), || {
         let gone = t.node.pve().vmid_of(&id).is_none();
@@ -279,7 +307,7 @@ fn a_delete_that_proxmox_holds_up_tells_the_status_and_is_made_up_for(t: &Test) 
 
 fn what_was_left_behind_does_not_block_the_id(t: &Test) {
     let (id, driver) = (t.id("a"), t.driver());
-    left_behind(t, &driver, &id);
+    left_behind(t, &driver, &id, &driver.spec(&id, &["probe", "exit", "7"]));
     let shim = driver.start(&id, &driver.spec(&id, &["probe", "exit", "3"]));
     shim.create(&Stdio3::default()).expect("create");
     shim.start("").expect("start");

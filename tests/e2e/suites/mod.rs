@@ -11,6 +11,7 @@ mod exec;
 mod exit;
 mod explain;
 mod fallback;
+mod hooks;
 mod limits;
 mod oci;
 mod parallel;
@@ -92,6 +93,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         oci::cases,
         process::cases,
+        hooks::cases,
         explain::cases,
         events::cases,
         delete::cases,

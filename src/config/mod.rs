@@ -14,7 +14,9 @@
 //! What belongs here: files that an administrator writes. State of the shim does not.
 
 mod options;
+mod password;
 mod reader;
+mod secret_file;
 mod token;
 mod vmid;
 
@@ -25,7 +27,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 pub use options::{OptionsError, RuntimeOptions};
-pub use token::{ApiToken, TokenError};
+pub use password::Password;
+pub use secret_file::SecretFileError;
+pub use token::ApiToken;
 pub use vmid::{InvalidVmid, Vmid, VmidRange};
 
 use reader::Section;
@@ -59,12 +63,13 @@ pub struct Config {
 /// `[proxmox]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Proxmox {
-    /// `https://HOST:PORT`, without a trailing slash; the port is always there.
-    pub endpoint: String,
-    /// The local node's name.
+    /// `https://HOST:PORT` each, without a trailing slash; the port is always there. Never empty;
+    /// the first is preferred, the others are further nodes of its cluster.
+    pub endpoints: Vec<String>,
+    /// The local node's name, whichever endpoint is asked.
     pub node: String,
-    /// File with the API token; see [`ApiToken::load`].
-    pub token_file: PathBuf,
+    /// Who the shim is to Proxmox.
+    pub login: Login,
     /// How the server's certificate is judged.
     pub trust: Trust,
     /// Where pmxcfs is mounted.
@@ -77,11 +82,20 @@ pub struct Proxmox {
     pub task_timeout: Duration,
 }
 
+/// Who the shim is to Proxmox, and where the secret is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Login {
+    /// File with an API token; see [`ApiToken::load`].
+    Token(PathBuf),
+    /// File with a user's name and password, for tickets; see [`Password::load`].
+    Password(PathBuf),
+}
+
 /// How the server's certificate is judged. There is no way of not judging it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trust {
-    /// The certificate itself has this fingerprint.
-    Fingerprint(Fingerprint),
+    /// The certificate itself has one of these fingerprints. Never empty.
+    Fingerprints(Vec<Fingerprint>),
     /// It is issued by a certificate of this PEM file.
     CaFile(PathBuf),
     /// It is issued by one of the system's roots.
@@ -330,15 +344,22 @@ fn syntax_error(text: &str, origin: &str, error: &toml::de::Error) -> ConfigErro
 fn proxmox(mut s: Section<'_>) -> Result<Proxmox, ConfigError> {
     const ENDPOINT: &str = "https://127.0.0.1:8006";
     const TOKEN_FILE: &str = "/etc/containerd-shim-proxmox/token";
-    let endpoint = match s.text("endpoint", ENDPOINT)? {
-        Some(text) => endpoint(&text).map_err(|problem| s.error("endpoint", problem))?,
-        None => {
-            let problem = format!(
-                "is missing; write endpoint = \"{ENDPOINT}\" under [proxmox] for the local node"
+    let mut endpoints = Vec::new();
+    for text in s.one_or_more("endpoint", ENDPOINT)?.unwrap_or_default() {
+        let endpoint = endpoint(&text).map_err(|problem| s.error("endpoint", problem))?;
+        if endpoints.contains(&endpoint) {
+            return Err(
+                s.error("endpoint", format!("names '{endpoint}' twice; remove one of the two"))
             );
-            return Err(s.error("endpoint", problem));
         }
-    };
+        endpoints.push(endpoint);
+    }
+    if endpoints.is_empty() {
+        let problem = format!(
+            "is missing; write endpoint = \"{ENDPOINT}\" under [proxmox] for the local node"
+        );
+        return Err(s.error("endpoint", problem));
+    }
     let node = match s.text("node", "pve1")? {
         Some(node) if is_dns_label(&node) => node,
         Some(node) => {
@@ -349,24 +370,35 @@ fn proxmox(mut s: Section<'_>) -> Result<Proxmox, ConfigError> {
             s.error("node", "is missing and the host's name is not a node name; write node = \"…\" under [proxmox]")
         })?,
     };
-    let token_file = s.path("token_file", TOKEN_FILE)?.unwrap_or_else(|| TOKEN_FILE.into());
-    let fingerprint = match s.text("fingerprint", "AA:BB:…")? {
-        None => None,
-        Some(text) => Some(text.parse::<Fingerprint>().map_err(|e| {
-            s.error("fingerprint", format!("{e}; print it with 'pvenode cert info' (the one of pve-ssl.pem or pveproxy-ssl.pem)"))
-        })?),
-    };
-    let ca_file = s.path("ca_file", "/etc/pve/pve-root-ca.pem")?;
-    let trust = match (fingerprint, ca_file) {
+    let token_file = s.path("token_file", TOKEN_FILE)?;
+    let password_file = s.path("password_file", "/etc/containerd-shim-proxmox/password")?;
+    let login = match (token_file, password_file) {
         (Some(_), Some(_)) => {
+            return Err(s.error(
+                "password_file",
+                "cannot be set together with proxmox.token_file; remove one of the two",
+            ));
+        }
+        (None, Some(path)) => Login::Password(path),
+        (path, None) => Login::Token(path.unwrap_or_else(|| TOKEN_FILE.into())),
+    };
+    let mut fingerprints = Vec::new();
+    for text in s.one_or_more("fingerprint", "AA:BB:…")?.unwrap_or_default() {
+        fingerprints.push(text.parse::<Fingerprint>().map_err(|e| {
+            s.error("fingerprint", format!("{e}; print it with 'pvenode cert info' (the one of pve-ssl.pem or pveproxy-ssl.pem)"))
+        })?);
+    }
+    let ca_file = s.path("ca_file", "/etc/pve/pve-root-ca.pem")?;
+    let trust = match ca_file {
+        Some(_) if !fingerprints.is_empty() => {
             return Err(s.error(
                 "ca_file",
                 "cannot be set together with proxmox.fingerprint; remove one of the two",
             ));
         }
-        (Some(fingerprint), None) => Trust::Fingerprint(fingerprint),
-        (None, Some(path)) => Trust::CaFile(path),
-        (None, None) => Trust::SystemRoots,
+        Some(path) => Trust::CaFile(path),
+        None if fingerprints.is_empty() => Trust::SystemRoots,
+        None => Trust::Fingerprints(fingerprints),
     };
     let pmxcfs = s.path("pmxcfs", "/etc/pve")?.unwrap_or_else(|| "/etc/pve".into());
     let connect_timeout = s.seconds("connect_timeout", 5, 300)?;
@@ -374,9 +406,9 @@ fn proxmox(mut s: Section<'_>) -> Result<Proxmox, ConfigError> {
     let task_timeout = s.seconds("task_timeout", 60, 3600)?;
     s.finish()?;
     Ok(Proxmox {
-        endpoint,
+        endpoints,
         node,
-        token_file,
+        login,
         trust,
         pmxcfs,
         connect_timeout,
@@ -444,20 +476,27 @@ fn endpoint(text: &str) -> Result<String, String> {
             "must not contain a user name or password; {REMEDY} and put the token into proxmox.token_file"
         ));
     }
-    let url =
-        reqwest::Url::parse(text).map_err(|e| format!("'{text}' is not a URL ({e}); {REMEDY}"))?;
-    if url.scheme() != "https" {
+    let uri: hyper::Uri =
+        text.parse().map_err(|e| format!("'{text}' is not a URL ({e}); {REMEDY}"))?;
+    if uri.scheme_str() != Some("https") {
         return Err(format!("'{text}' is not an https URL; {REMEDY}"));
     }
-    let Some(host) = url.host_str().filter(|host| !host.is_empty()) else {
-        return Err(format!("'{text}' has no host; {REMEDY}"));
-    };
-    if url.path() != "/" || url.query().is_some() || url.fragment().is_some() {
+    // The parser forgets a fragment.
+    if !matches!(uri.path_and_query().map(|p| p.as_str()), None | Some("/")) || text.contains('#') {
         return Err(format!("'{text}' has something after the host and port; {REMEDY}"));
     }
-    // The URL parser forgets an explicit default port, but here 8006 is what a missing one means.
-    let explicit = text.trim_end_matches('/').ends_with(":443");
-    let port = url.port().unwrap_or(if explicit { 443 } else { 8006 });
+    let authority = uri.authority().map(|a| a.as_str()).unwrap_or_default().to_ascii_lowercase();
+    let (host, port) = match (uri.port_u16(), authority.rsplit_once(':')) {
+        (Some(port), Some((host, _))) => (host, port),
+        (_, Some((_, port))) if !port.ends_with(']') => {
+            return Err(format!("'{text}' has no port after its last colon; {REMEDY}"));
+        }
+        _ => (authority.as_str(), 8006),
+    };
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    if rustls_pki_types::ServerName::try_from(bare).is_err() {
+        return Err(format!("'{text}' has no host that could have a certificate; {REMEDY}"));
+    }
     Ok(format!("https://{host}:{port}"))
 }
 

@@ -55,17 +55,40 @@ impl<'a> Section<'a> {
         key: &'static str,
         like: &str,
     ) -> Result<Option<String>, ConfigError> {
+        self.take(key).map(|value| self.string(key, like, value)).transpose()
+    }
+
+    /// One such string, or a list of at least one.
+    pub(super) fn one_or_more(
+        &mut self,
+        key: &'static str,
+        like: &str,
+    ) -> Result<Option<Vec<String>>, ConfigError> {
         match self.take(key) {
             None => Ok(None),
-            Some(Value::String(s)) if s.is_empty() => {
+            Some(Value::Array(items)) if items.is_empty() => {
                 Err(self.error(key, format!("must not be empty; write a value such as \"{like}\"")))
             }
-            Some(Value::String(s)) if s.chars().any(char::is_control) => Err(self.error(
+            Some(Value::Array(items)) => items
+                .into_iter()
+                .map(|item| self.string(key, like, item))
+                .collect::<Result<_, _>>()
+                .map(Some),
+            Some(value) => Ok(Some(vec![self.string(key, like, value)?])),
+        }
+    }
+
+    fn string(&self, key: &'static str, like: &str, value: Value) -> Result<String, ConfigError> {
+        match value {
+            Value::String(s) if s.is_empty() => {
+                Err(self.error(key, format!("must not be empty; write a value such as \"{like}\"")))
+            }
+            Value::String(s) if s.chars().any(char::is_control) => Err(self.error(
                 key,
                 format!("must not contain control characters; write a value such as \"{like}\""),
             )),
-            Some(Value::String(s)) => Ok(Some(s)),
-            Some(other) => {
+            Value::String(s) => Ok(s),
+            other => {
                 let problem = format!("expected a string such as \"{like}\", got {}", kind(&other));
                 Err(self.error(key, problem))
             }

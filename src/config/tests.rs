@@ -19,8 +19,8 @@ fn error(text: &str) -> String {
 fn defaults_are_the_documented_ones() {
     let config = Config::from_toml(MINIMAL, "x").unwrap();
     let p = &config.proxmox;
-    assert_eq!(p.endpoint, "https://127.0.0.1:8006");
-    assert_eq!(p.token_file, Path::new("/etc/containerd-shim-proxmox/token"));
+    assert_eq!(p.endpoints, ["https://127.0.0.1:8006"]);
+    assert_eq!(p.login, Login::Token("/etc/containerd-shim-proxmox/token".into()));
     assert_eq!(p.trust, Trust::SystemRoots);
     assert_eq!(p.pmxcfs, Path::new("/etc/pve"));
     let times = [p.connect_timeout, p.request_timeout, p.task_timeout, config.ct.start_timeout];
@@ -46,6 +46,11 @@ fn the_shipped_file_is_the_defaults_and_names_every_key() {
         assert_ne!(text, SHIPPED);
         Config::from_toml(&text, "x").unwrap();
     }
+    let text = SHIPPED.replace("#endpoint =", "endpoint =").replace("\nendpoint = \"", "\n#");
+    assert_eq!(Config::from_toml(&text, "x").unwrap().proxmox.endpoints.len(), 2);
+    let text = SHIPPED.replace("\ntoken_file", "\n#").replace("#password_file", "password_file");
+    let login = Config::from_toml(&text, "x").unwrap().proxmox.login;
+    assert_eq!(login, Login::Password("/etc/containerd-shim-proxmox/password".into()));
     assert!(SHIPPED.contains("#fingerprint ="));
 }
 
@@ -59,13 +64,29 @@ fn every_value_can_be_set() {
          run_dir = \"/r\"\nstate_dir = \"/s\"\ninit = \"/i\"\n[log]\nlevel = \"trace\"\n"
     );
     let config = Config::from_toml(&text, "x").unwrap();
-    assert_eq!(config.proxmox.endpoint, "https://pve.example.com:8006");
-    let Trust::Fingerprint(fingerprint) = config.proxmox.trust else { panic!() };
-    assert_eq!(fingerprint.to_string(), PAIRS.to_uppercase());
+    assert_eq!(config.proxmox.endpoints, ["https://pve.example.com:8006"]);
+    assert_eq!(config.proxmox.login, Login::Token("/a".into()));
+    let Trust::Fingerprints(fingerprints) = config.proxmox.trust else { panic!() };
+    assert_eq!(fingerprints.len(), 1);
+    assert_eq!(fingerprints[0].to_string(), PAIRS.to_uppercase());
     assert_eq!(config.paths.init.as_deref(), Some(Path::new("/i")));
     assert_eq!(config.log.level, log::LevelFilter::Trace);
     assert!(config.ct.tags.is_empty());
     assert_eq!(config.ct.abstract_sockets, AbstractSockets::Shared);
+}
+
+#[test]
+fn endpoints_and_fingerprints_may_be_several() {
+    let other = PAIRS.replace("00:11", "FF:11");
+    let text = format!(
+        "[proxmox]\nendpoint = [\"https://A\", \"https://[::1]:443/\", \"https://192.0.2.1:8007\"]\n\
+         fingerprint = [\"{PAIRS}\", \"{other}\"]\npassword_file = \"/p\"\n"
+    );
+    let p = Config::from_toml(&text, "x").unwrap().proxmox;
+    assert_eq!(p.endpoints, ["https://a:8006", "https://[::1]:443", "https://192.0.2.1:8007"]);
+    let Trust::Fingerprints(fingerprints) = p.trust else { panic!() };
+    assert_eq!(fingerprints[1].to_string(), other.to_uppercase());
+    assert_eq!(p.login, Login::Password("/p".into()));
 }
 
 #[test]
@@ -107,6 +128,30 @@ fn each_mistake_names_the_key_and_the_remedy() {
         (
             "[proxmox]\nendpoint = \"https://root:planted-secret@x:99999\"".into(),
             &["proxmox.endpoint: ", "token_file"],
+        ),
+        ("[proxmox]\nendpoint = []".into(), &["proxmox.endpoint: must not be empty"]),
+        (
+            "[proxmox]\nendpoint = [\"https://x\", 1]".into(),
+            &["proxmox.endpoint: expected a string", "got a number"],
+        ),
+        (
+            "[proxmox]\nendpoint = [\"https://x\", \"https://X:8006/\"]".into(),
+            &["proxmox.endpoint: names 'https://x:8006' twice"],
+        ),
+        (
+            "[proxmox]\nendpoint = \"https://x:99999\"".into(),
+            &["proxmox.endpoint: ", "https://HOST:8006"],
+        ),
+        ("[proxmox]\nendpoint = \"https://x#y\"".into(), &["proxmox.endpoint: ", "after the host"]),
+        ("[proxmox]\nendpoint = \"https://x:\"".into(), &["proxmox.endpoint: ", "no port"]),
+        (
+            "[proxmox]\nendpoint = \"https://x?a=b\"".into(),
+            &["proxmox.endpoint: ", "after the host"],
+        ),
+        ("[proxmox]\nendpoint = \"https://-x-:1\"".into(), &["proxmox.endpoint: ", "no host"]),
+        (
+            with("token_file = \"/a\"\npassword_file = \"/b\""),
+            &["proxmox.password_file: cannot be set together with proxmox.token_file"],
         ),
         (
             "[proxmox]\nendpoint = \"https://x\"\nnode = \"a.b\"".into(),

@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::http::Broken;
 use super::identity::NotOurs;
 use super::types::Loose;
 use super::upid::Upid;
-use crate::config::{Fingerprint, TokenError, Vmid};
+use crate::config::{Fingerprint, SecretFileError, Vmid};
 
 /// A call as messages name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,37 +58,38 @@ pub enum Error {
         log: Vec<String>,
     },
     /// A task was still running at the deadline.
-    #[error("Proxmox task {upid} has not ended after {} ms; see it in the node's task list", waited.as_millis())]
+    #[error(
+        "Proxmox task {upid} has not ended after {} ms{}; see it in the node's task list",
+        waited.as_millis(), if *stopped { " and was stopped" } else { "" }
+    )]
     TaskTimeout {
         /// The task.
         upid: Box<Upid>,
         /// How long it was waited for.
         waited: Duration,
+        /// Whether it was ended because of that.
+        stopped: bool,
     },
-    /// The token was refused.
-    #[error(
-        "Proxmox refused the API token {token} of {}: {text}; compare it with 'pveum user token \
-         list {}' and write the secret shown at its creation into the file",
-        token_file.display(), token.split('!').next().unwrap_or_default()
-    )]
+    /// The token or password was refused.
+    #[error("Proxmox refused {} of {}: {text}; {}", named(who), file.display(), secret_remedy(who))]
     Authentication {
-        /// `USER@REALM!TOKENID`
-        token: String,
-        /// Where it was read.
-        token_file: PathBuf,
+        /// `USER@REALM!TOKENID` or `USER@REALM`
+        who: String,
+        /// Where its secret was read.
+        file: PathBuf,
         /// Proxmox's words.
         text: String,
     },
-    /// The token lacks a privilege.
+    /// The token or user lacks a privilege.
     #[error(
-        "{call}: the API token {token} may not do this: {}; grant a role with it by 'pveum acl modify'",
-        permission(path.as_deref(), privilege.as_deref(), text)
+        "{call}: {} may not do this: {}; grant a role with it by 'pveum acl modify'",
+        named(who), permission(path.as_deref(), privilege.as_deref(), text)
     )]
     Permission {
         /// The call.
         call: Box<Call>,
-        /// `USER@REALM!TOKENID`
-        token: String,
+        /// `USER@REALM!TOKENID` or `USER@REALM`
+        who: String,
         /// The ACL path, such as `/vms/100`, if Proxmox said it.
         path: Option<String>,
         /// The privilege, such as `VM.Audit`, if Proxmox said it.
@@ -137,8 +139,9 @@ pub enum Error {
     /// The certificate is not the pinned one.
     #[error(
         "the certificate of {endpoint} has the fingerprint {presented}, but proxmox.fingerprint is \
-         {configured}; if the certificate was renewed, compare with 'pvenode cert info' on the node \
-         and set the new one"
+         {}; if the certificate was renewed, compare with 'pvenode cert info' on the node \
+         and set the new one",
+        list(configured)
     )]
     FingerprintMismatch {
         /// The API's base URL.
@@ -146,7 +149,7 @@ pub enum Error {
         /// Of the certificate that the server showed.
         presented: Fingerprint,
         /// As configured.
-        configured: Fingerprint,
+        configured: Vec<Fingerprint>,
     },
     /// The certificate is not trusted.
     #[error("the certificate of {endpoint} is not trusted: {reason}; {remedy}")]
@@ -182,9 +185,17 @@ pub enum Error {
         /// What was wrong.
         reason: String,
     },
-    /// The token's file cannot be used.
+    /// The request was not sent, because it cannot be made.
+    #[error("{call}: not sent: {reason}")]
+    Unsendable {
+        /// The call.
+        call: Box<Call>,
+        /// Why.
+        reason: String,
+    },
+    /// The token's or password's file cannot be used.
     #[error(transparent)]
-    Token(#[from] TokenError),
+    SecretFile(#[from] SecretFileError),
     /// The CA file, or the system's roots, cannot be used.
     #[error("proxmox.ca_file {}: {reason}; use /etc/pve/pve-root-ca.pem, or set proxmox.fingerprint", path.display())]
     CaFile {
@@ -248,6 +259,32 @@ pub enum Failure {
         /// Proxmox's words.
         text: String,
     },
+    /// The storage is not there, or not to be used.
+    #[error("Proxmox cannot use the storage '{storage}' ({text}); see 'pvesm status' on the node")]
+    StorageUnusable {
+        /// The storage.
+        storage: String,
+        /// Proxmox's words.
+        text: String,
+    },
+    /// The storage has no space left.
+    #[error("the storage is full ({text}); see 'pvesm status' on the node")]
+    StorageFull {
+        /// Proxmox's words, or those of the program that met it.
+        text: String,
+    },
+    /// A template or another volume is not in its storage.
+    #[error("the volume '{volume}' does not exist; see 'pvesm list' on the node")]
+    VolumeMissing {
+        /// `STORAGE:KIND/NAME`
+        volume: String,
+    },
+    /// The CT has no such snapshot.
+    #[error("the CT has no snapshot '{snapshot}'")]
+    SnapshotMissing {
+        /// Its name.
+        snapshot: String,
+    },
     /// There is no such task (any more).
     #[error("there is no such task")]
     NoSuchTask,
@@ -307,8 +344,29 @@ impl Failure {
         {
             return Some(Failure::Protected);
         }
-        if after("unable to create CT ").is_some_and(|rest| rest.contains(" already exists")) {
-            return Some(Failure::Exists);
+        // The reason follows, in the words that another call would have had for it.
+        if let Some((_, reason)) =
+            after("unable to create CT ").and_then(|rest| rest.split_once(" - "))
+        {
+            return Failure::recognise(reason);
+        }
+        let quoted = |what: &str| text.strip_prefix(what)?.strip_prefix(" '")?.split_once("' ");
+        if let Some((storage, words)) = quoted("storage")
+            && ["does not exist", "is not available", "is not online", "is disabled"]
+                .iter()
+                .any(|end| words.starts_with(end))
+        {
+            let (storage, text) = (storage.to_owned(), text.to_owned());
+            return Some(Failure::StorageUnusable { storage, text });
+        }
+        if let Some((volume, "does not exist")) = quoted("volume") {
+            return Some(Failure::VolumeMissing { volume: volume.to_owned() });
+        }
+        if let Some((snapshot, "does not exist")) = quoted("snapshot") {
+            return Some(Failure::SnapshotMissing { snapshot: snapshot.to_owned() });
+        }
+        if is_full(text) {
+            return Some(Failure::StorageFull { text: text.to_owned() });
         }
         if text.starts_with("detected modified configuration") {
             return Some(Failure::DigestMismatch);
@@ -355,10 +413,49 @@ impl Error {
     /// The request may have been carried out, or not: only reading the state back tells.
     pub fn is_unclear(&self) -> bool {
         match self {
-            Error::Unreachable { sent, .. } | Error::Timeout { sent, .. } => *sent,
-            // It said yes, and the rest was lost.
-            Error::Protocol { status, .. } => (200..300).contains(status),
+            Error::Timeout { sent, .. } => *sent,
+            error => error.is_broken(),
+        }
+    }
+
+    /// The request may have been carried out, and the way there or back broke: it pays to send it
+    /// again, if that is safe.
+    pub(super) fn is_broken(&self) -> bool {
+        match self {
+            Error::Unreachable { sent, .. } => *sent,
+            // It said yes, and the rest was lost; or it was somebody else on the way who spoke.
+            Error::Protocol { status, .. } => {
+                (200..300).contains(status) || (*status >= 500 && *status != 501)
+            }
             _ => false,
+        }
+    }
+
+    /// Another endpoint of the cluster may do better.
+    pub(super) fn is_of_endpoint(&self) -> bool {
+        match self {
+            Error::Unreachable { .. }
+            | Error::Timeout { .. }
+            | Error::FingerprintMismatch { .. }
+            | Error::Untrusted { .. }
+            | Error::Tls { .. } => true,
+            error => error.is_broken(),
+        }
+    }
+
+    /// The error of something that came before the request itself.
+    pub(super) fn unsent(self) -> Error {
+        match self {
+            Error::Unreachable { endpoint, cause, .. } => {
+                Error::Unreachable { endpoint, cause, sent: false }
+            }
+            Error::Timeout { endpoint, call, after, .. } => {
+                Error::Timeout { endpoint, call, after, sent: false }
+            }
+            Error::Protocol { endpoint, call, reason, .. } => {
+                Error::Protocol { endpoint, call, reason, status: 0 }
+            }
+            other => other,
         }
     }
 
@@ -381,8 +478,8 @@ impl Error {
 pub(super) struct Context<'a> {
     pub(super) endpoint: &'a str,
     pub(super) node: &'a str,
-    pub(super) token: &'a str,
-    pub(super) token_file: &'a std::path::Path,
+    pub(super) who: &'a str,
+    pub(super) file: &'a std::path::Path,
 }
 
 /// The error of an answer whose status is not a success.
@@ -406,8 +503,8 @@ pub(super) fn from_answer(
     };
     match status {
         401 => Error::Authentication {
-            token: context.token.to_owned(),
-            token_file: context.token_file.to_owned(),
+            who: context.who.to_owned(),
+            file: context.file.to_owned(),
             text,
         },
         // What is below carries JSON in every case but those made by the front end.
@@ -421,7 +518,7 @@ pub(super) fn from_answer(
         }
         403 => {
             let (path, privilege) = lacking(&text);
-            Error::Permission { call, token: context.token.to_owned(), path, privilege, text }
+            Error::Permission { call, who: context.who.to_owned(), path, privilege, text }
         }
         501 => protocol(call, text),
         300..=399 => protocol(call, format!("status {status}, a redirection")),
@@ -444,7 +541,11 @@ pub(super) fn from_answer(
 /// The error of a task that ended with `exitstatus`.
 pub(super) fn from_task(upid: &Upid, exitstatus: &str, log: Vec<String>) -> Error {
     let text = one_line(exitstatus);
-    match Failure::recognise(&text) {
+    // The exit status of a command that failed is all that Proxmox repeats of it.
+    let full = || log.iter().find(|line| is_full(line)).map(|line| one_line(line));
+    let failure =
+        Failure::recognise(&text).or_else(|| full().map(|text| Failure::StorageFull { text }));
+    match failure {
         Some(failure) => {
             let call =
                 Call { method: "task", path: upid.to_string(), vmid: upid.id().parse().ok() };
@@ -455,29 +556,30 @@ pub(super) fn from_task(upid: &Upid, exitstatus: &str, log: Vec<String>) -> Erro
 }
 
 /// The error of a request that got no whole answer.
-pub(super) fn from_transport(
-    endpoint: &str,
-    call: Call,
-    after: Duration,
-    error: &reqwest::Error,
-) -> Error {
-    let (endpoint, call) = (endpoint.to_owned(), Box::new(call));
-    if let Some(tls) = find_tls(error) {
-        return tls_error(endpoint, tls);
+pub(super) fn from_broken(endpoint: &str, call: &Call, after: Duration, broken: Broken) -> Error {
+    let (endpoint, call) = (endpoint.to_owned(), Box::new(call.clone()));
+    match broken {
+        Broken::Connect(error) => match chain(&error).find_map(|error| error.downcast_ref()) {
+            Some(tls) => tls_error(endpoint, tls),
+            None => Error::Unreachable { endpoint, sent: false, cause: root_cause(&error) },
+        },
+        Broken::Unsendable(reason) => Error::Unsendable { call, reason: one_line(&reason) },
+        Broken::Timeout { sent } => Error::Timeout { endpoint, call, sent, after },
+        Broken::Lost(error) => {
+            Error::Unreachable { endpoint, sent: true, cause: root_cause(&error) }
+        }
+        Broken::TooLong { status } => {
+            Error::Protocol { endpoint, call, status, reason: "the answer is too long".into() }
+        }
     }
-    let sent = !error.is_connect();
-    if error.is_timeout() {
-        return Error::Timeout { endpoint, call, sent, after };
-    }
-    Error::Unreachable { endpoint, sent, cause: root_cause(error) }
 }
 
-/// Raised by the pinning verifier and found again in [`from_transport`].
+/// Raised by the pinning verifier and found again in [`from_broken`].
 #[derive(Debug, thiserror::Error)]
 #[error("the certificate's fingerprint is {presented}")]
 pub(super) struct PinMismatch {
     pub(super) presented: Fingerprint,
-    pub(super) configured: Fingerprint,
+    pub(super) configured: Vec<Fingerprint>,
 }
 
 fn tls_error(endpoint: String, error: &rustls::Error) -> Error {
@@ -489,7 +591,7 @@ fn tls_error(endpoint: String, error: &rustls::Error) -> Error {
     let (reason, remedy) = match reason {
         CertificateError::Other(other) => match other.0.downcast_ref::<PinMismatch>() {
             Some(PinMismatch { presented, configured }) => {
-                let (presented, configured) = (*presented, *configured);
+                let (presented, configured) = (*presented, configured.clone());
                 return Error::FingerprintMismatch { endpoint, presented, configured };
             }
             None => (
@@ -535,11 +637,7 @@ fn chain<'a>(
     })
 }
 
-fn find_tls(error: &reqwest::Error) -> Option<&rustls::Error> {
-    chain(error).find_map(|error| error.downcast_ref())
-}
-
-fn root_cause(error: &reqwest::Error) -> String {
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     chain(error).last().map(|error| one_line(&error.to_string())).unwrap_or_default()
 }
 
@@ -553,6 +651,12 @@ fn lacking(text: &str) -> (Option<String>, Option<String>) {
         }
         _ => (None, None),
     }
+}
+
+/// The kernel's words for ENOSPC and EDQUOT, at the end of a message.
+fn is_full(text: &str) -> bool {
+    let text = text.trim_end();
+    text.ends_with("No space left on device") || text.ends_with("Disk quota exceeded")
 }
 
 fn is_unknown_node(text: &str) -> bool {
@@ -569,6 +673,24 @@ fn log_suffix(log: &[String]) -> String {
     let lines: Vec<_> =
         log.iter().map(|line| one_line(line)).filter(|line| !line.is_empty()).collect();
     if lines.is_empty() { String::new() } else { format!(" (log: {})", lines.join(" | ")) }
+}
+
+fn named(who: &str) -> String {
+    if who.contains('!') { format!("the API token {who}") } else { format!("the user {who}") }
+}
+
+fn secret_remedy(who: &str) -> String {
+    match who.split_once('!') {
+        Some((user, _)) => format!(
+            "compare it with 'pveum user token list {user}' and write the secret shown at its \
+             creation into the file"
+        ),
+        None => "write the user's password into the file".to_owned(),
+    }
+}
+
+fn list(fingerprints: &[Fingerprint]) -> String {
+    fingerprints.iter().map(Fingerprint::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 fn known_nodes(known: &[String]) -> String {
@@ -596,8 +718,8 @@ mod tests {
     use crate::pve::fixtures::recorded;
 
     fn context() -> Context<'static> {
-        let token_file = Path::new("/etc/token");
-        Context { endpoint: "https://x:8006", node: "nope", token: "shim@pve!t1", token_file }
+        let file = Path::new("/etc/token");
+        Context { endpoint: "https://x:8006", node: "nope", who: "shim@pve!t1", file }
     }
 
     fn answer(name: &str) -> Error {

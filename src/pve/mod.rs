@@ -10,17 +10,22 @@
 
 mod client;
 pub mod conf;
+mod credentials;
 mod error;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]
 mod fixtures;
+mod http;
 pub mod identity;
 mod tls;
 mod types;
 mod upid;
 
-pub use client::{Client, Outcome};
+pub use client::{Client, CloneOptions, Outcome, TaskFilter, Terminal, Upload};
 pub use error::{Call, Error, Failure};
-pub use types::{CtConfig, CtStatus, TaskStatus, Version};
+pub use types::{
+    ClusterStatus, CtConfig, CtStatus, Interface, Member, NodeStatus, NodeSummary, PendingValue,
+    Pool, Resource, Snapshot, Storage, Task, TaskStatus, Version, Volume,
+};
 pub use upid::{InvalidUpid, Upid};

@@ -16,17 +16,19 @@ use rustls::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sha2::{Digest, Sha256};
+use tokio_rustls::TlsConnector;
 
 use super::error::{Error, PinMismatch};
 use crate::config::{Fingerprint, Trust};
 
-/// The configuration for `trust`. Reads the CA file or the system's roots: small, blocking reads.
-pub(super) fn client_config(trust: &Trust) -> Result<ClientConfig, Error> {
+/// Makes connections to servers that `trust` trusts. Reads the CA file or the system's roots: small,
+/// blocking reads.
+pub(super) fn connector(trust: &Trust) -> Result<TlsConnector, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let setup = |e: &dyn std::fmt::Display| Error::Setup { reason: e.to_string() };
     let verifier: Arc<dyn ServerCertVerifier> = match trust {
-        Trust::Fingerprint(fingerprint) => {
-            Arc::new(Pinned { fingerprint: *fingerprint, provider: provider.clone() })
+        Trust::Fingerprints(fingerprints) => {
+            Arc::new(Pinned { fingerprints: fingerprints.clone(), provider: provider.clone() })
         }
         Trust::CaFile(path) => webpki(ca_file(path)?, &provider).map_err(|e| setup(&e))?,
         Trust::SystemRoots => webpki(system_roots()?, &provider).map_err(|e| setup(&e))?,
@@ -38,9 +40,9 @@ pub(super) fn client_config(trust: &Trust) -> Result<ClientConfig, Error> {
         .with_custom_certificate_verifier(verifier)
         .with_no_client_auth();
     // Proxmox closes many connections, so the next one should cost little: a resumed handshake has
-    // no certificate to verify. One server needs few tickets.
-    config.resumption = Resumption::in_memory_sessions(4);
-    Ok(config)
+    // no certificate to verify. Few servers need few tickets.
+    config.resumption = Resumption::in_memory_sessions(8);
+    Ok(Arc::new(config).into())
 }
 
 fn webpki(
@@ -79,13 +81,13 @@ pub(super) fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
     Fingerprint(Sha256::digest(certificate).into())
 }
 
-/// Accepts exactly one certificate, whatever its names, issuer and dates.
+/// Accepts exactly these certificates, whatever their names, issuers and dates.
 ///
 /// That the server holds the certificate's key is still proved: the signature checks go to the
 /// provider.
 #[derive(Debug)]
 struct Pinned {
-    fingerprint: Fingerprint,
+    fingerprints: Vec<Fingerprint>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -99,10 +101,10 @@ impl ServerCertVerifier for Pinned {
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let presented = fingerprint(end_entity);
-        if presented == self.fingerprint {
+        if self.fingerprints.contains(&presented) {
             return Ok(ServerCertVerified::assertion());
         }
-        let mismatch = PinMismatch { presented, configured: self.fingerprint };
+        let mismatch = PinMismatch { presented, configured: self.fingerprints.clone() };
         Err(CertificateError::Other(OtherError(Arc::new(mismatch))).into())
     }
 

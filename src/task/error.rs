@@ -161,7 +161,11 @@ fn pve_code(error: &pve::Error) -> Code {
             | F::NotRunning
             | F::Running
             | F::Protected
-            | F::DigestMismatch => Code::FAILED_PRECONDITION,
+            | F::DigestMismatch
+            | F::StorageUnusable { .. }
+            | F::VolumeMissing { .. }
+            | F::SnapshotMissing { .. } => Code::FAILED_PRECONDITION,
+            F::StorageFull { .. } => Code::RESOURCE_EXHAUSTED,
             F::Locked { .. } | F::LockTimeout | F::NoQuorum { .. } => Code::UNAVAILABLE,
             F::BadParameter { .. } => Code::INVALID_ARGUMENT,
             F::NoSuchTask | F::Other { .. } => Code::UNKNOWN,
@@ -174,9 +178,11 @@ fn pve_code(error: &pve::Error) -> Code {
         | E::Untrusted { .. }
         | E::Tls { .. }
         | E::Protocol { .. } => Code::UNAVAILABLE,
-        E::NodeUnknown { .. } | E::Token(_) | E::CaFile { .. } | E::Setup { .. } => {
-            Code::INVALID_ARGUMENT
-        }
+        E::NodeUnknown { .. }
+        | E::SecretFile(_)
+        | E::CaFile { .. }
+        | E::Setup { .. }
+        | E::Unsendable { .. } => Code::INVALID_ARGUMENT,
         E::NotOurs { .. } => Code::FAILED_PRECONDITION,
         E::TaskFailed { .. } => Code::UNKNOWN,
     }

@@ -2,11 +2,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
+use tokio::time::sleep;
+
+use super::change::unix_time;
+use super::tasks::pause;
 use super::*;
 use crate::config::{Fingerprint, Trust};
 use crate::pve::fake::{Fake, Reply, Seen};
 use crate::pve::fixtures::recorded;
-use crate::pve::identity::{Id128, NotOurs};
+use crate::pve::identity::{Id128, Identity, NotOurs};
+use crate::pve::{Failure, TaskStatus, Upid};
 
 const SECRET: &str = "5ec4e700-89ab-cdef-0123-456789abcdef";
 const TOKEN: &str = "root@pam!full";
@@ -35,7 +40,11 @@ fn config(fake: &Fake, trust: Trust) -> Config {
 }
 
 fn client(fake: &Fake) -> Client {
-    Client::new(&config(fake, Trust::Fingerprint(fake.fingerprint))).unwrap()
+    Client::new(&config(fake, pin(fake))).unwrap()
+}
+
+fn pin(fake: &Fake) -> Trust {
+    Trust::Fingerprints(vec![fake.fingerprint])
 }
 
 fn id(n: u32) -> Vmid {
@@ -87,7 +96,9 @@ async fn each_call_is_sent_as_recorded_and_understood() {
         recorded("task-status-running").data()["upid"].as_str().unwrap().parse().unwrap();
     assert_eq!(c.task_status(&upid).await.unwrap(), TaskStatus::Running);
     let seen = fake.seen();
-    assert!(seen.iter().all(|s| s.authorization == format!("PVEAPIToken={TOKEN}={SECRET}")));
+    assert!(
+        seen.iter().all(|s| s.header("authorization") == format!("PVEAPIToken={TOKEN}={SECRET}"))
+    );
     let put = seen.iter().find(|s| s.method == "PUT").unwrap();
     assert_eq!(put.body, "tags=a%3Bb&description=x+y&digest=abc");
     // A UPID goes into the path as it is.
@@ -140,8 +151,8 @@ async fn what_is_not_proxmox_is_told() {
     assert!(matches!(error, Error::Protocol { status: 501, .. }), "{error:?}");
     // Not even HTTP: speaks first, and no TLS.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut plain = config(&fake, Trust::Fingerprint(fake.fingerprint));
-    plain.proxmox.endpoint = format!("https://{}", listener.local_addr().unwrap());
+    let mut plain = config(&fake, pin(&fake));
+    plain.proxmox.endpoints = vec![format!("https://{}", listener.local_addr().unwrap())];
     tokio::spawn(async move {
         while let Ok((mut socket, _)) = listener.accept().await {
             let _ = tokio::io::AsyncWriteExt::write_all(&mut socket, b"SSH-2.0-OpenSSH_9.2p1\r\n")
@@ -157,14 +168,17 @@ async fn what_is_not_proxmox_is_told() {
 async fn a_wrong_fingerprint_shows_both() {
     let fake = Fake::start(contract).await;
     let wrong = Fingerprint([0xab; 32]);
-    let error =
-        Client::new(&config(&fake, Trust::Fingerprint(wrong))).unwrap().check().await.unwrap_err();
+    let error = Client::new(&config(&fake, Trust::Fingerprints(vec![wrong])))
+        .unwrap()
+        .check()
+        .await
+        .unwrap_err();
     let Error::FingerprintMismatch { presented, configured, .. } = &error else {
         panic!("{error:?}")
     };
-    assert_eq!((*presented, *configured), (fake.fingerprint, wrong));
+    assert_eq!((*presented, configured.as_slice()), (fake.fingerprint, &[wrong][..]));
     let text = error.to_string();
-    for part in [presented.to_string().as_str(), &configured.to_string(), "pvenode cert info"] {
+    for part in [presented.to_string().as_str(), &wrong.to_string(), "pvenode cert info"] {
         assert!(text.contains(part), "{text}");
     }
     assert!(fake.seen().is_empty(), "the token was sent to an unknown server");
@@ -196,11 +210,7 @@ async fn a_ca_file_vouches_for_its_certificates_and_names_only() {
         .unwrap_err();
     assert!(error.to_string().contains("not made out to that host"), "{error}");
     // A pin needs no name.
-    Client::new(&config(&named, Trust::Fingerprint(named.fingerprint)))
-        .unwrap()
-        .check()
-        .await
-        .unwrap();
+    Client::new(&config(&named, pin(&named))).unwrap().check().await.unwrap();
     assert!(fake.seen().len() == 1);
 }
 
@@ -226,31 +236,31 @@ async fn bad_ca_files_and_tokens_are_told_before_connecting() {
         assert!(matches!(error, Error::CaFile { .. }), "{error:?}");
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
-    let config = config(&fake, Trust::Fingerprint(fake.fingerprint));
-    std::fs::remove_file(&config.proxmox.token_file).unwrap();
-    assert!(matches!(Client::new(&config), Err(Error::Token(_))));
+    let config = config(&fake, pin(&fake));
+    std::fs::remove_file(fake.dir.path().join("token")).unwrap();
+    assert!(matches!(Client::new(&config), Err(Error::SecretFile(_))));
 }
 
 #[tokio::test]
 async fn an_unreachable_endpoint_is_not_sent_to() {
     let fake = Fake::start(contract).await;
-    let mut config = config(&fake, Trust::Fingerprint(fake.fingerprint));
+    let mut config = config(&fake, pin(&fake));
     let port = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap().port()
     };
-    config.proxmox.endpoint = format!("https://127.0.0.1:{port}");
+    config.proxmox.endpoints = vec![format!("https://127.0.0.1:{port}")];
     let error = Client::new(&config).unwrap().start(id(110)).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { sent: false, .. }), "{error:?}");
     let text = error.to_string();
     assert!(
-        text.contains(&config.proxmox.endpoint) && text.contains("Connection refused"),
+        text.contains(&config.proxmox.endpoints[0]) && text.contains("Connection refused"),
         "{text}"
     );
 
     // Accepts connections, but is no TLS server: the connect time-out covers the handshake.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    config.proxmox.endpoint = format!("https://{}", listener.local_addr().unwrap());
+    config.proxmox.endpoints = vec![format!("https://{}", listener.local_addr().unwrap())];
     let error = Client::new(&config).unwrap().start(id(110)).await.unwrap_err();
     assert!(matches!(error, Error::Timeout { sent: false, .. }), "{error:?}");
 }
@@ -616,20 +626,50 @@ async fn locks_and_a_stopping_ct_are_waited_for_but_not_for_ever() {
 }
 
 #[tokio::test]
-async fn plain_answers_share_a_connection_and_contradictory_ones_resume_tls() {
+async fn calls_share_a_connection_also_where_proxmox_says_close_and_keep_alive() {
     let fake = Fake::start(contract).await;
     let c = client(&fake);
     for _ in 0..5 {
         c.check().await.unwrap();
-        c.config(id(110)).await.unwrap();
+        // These answer with `Connection: close` and `Connection: Keep-Alive`.
+        c.status(id(110)).await.unwrap();
+        c.start(id(110)).await.unwrap();
     }
     assert_eq!(fake.handshakes(), (1, 0));
-    // `Connection: close` and `Connection: Keep-Alive`: hyper closes.
-    for _ in 0..5 {
+}
+
+#[tokio::test]
+async fn a_connection_that_the_server_does_close_is_replaced_with_tls_resumed() {
+    // Each answer ends its connection, whatever it says.
+    let fake = Fake::start(|seen| {
+        let Reply::Recorded(r) = contract(seen) else { unreachable!() };
+        let body = String::from_utf8(r.body()).unwrap();
+        let length = body.len();
+        Reply::Raw(format!(
+            "HTTP/1.1 200 OK\r\nConnection: close\r\nConnection: Keep-Alive\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        ))
+    })
+    .await;
+    let c = client(&fake);
+    for n in 1..=5 {
         c.status(id(110)).await.unwrap();
+        // The end may still be on its way; a request that meets it is not lost.
+        c.start(id(110)).await.unwrap();
+        assert_eq!(fake.seen().len(), 2 * n);
     }
     let (all, resumed) = fake.handshakes();
-    assert_eq!(all - 1, resumed, "every reconnect resumes the session");
+    assert_eq!((all, resumed), (10, 9));
+}
+
+#[tokio::test]
+async fn a_connection_is_left_before_the_server_has_counted_to_a_hundred() {
+    let fake = Fake::start(contract).await;
+    let c = client(&fake);
+    for _ in 0..100 {
+        c.check().await.unwrap();
+    }
+    assert_eq!(fake.handshakes(), (2, 1));
 }
 
 #[tokio::test]

@@ -1,0 +1,115 @@
+//! Calls that start a task, each sent at most once; and what became of one whose answer was lost.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::{Client, Payload, TaskFilter};
+use crate::config::Vmid;
+use crate::pve::error::{Call, Error, Failure};
+use crate::pve::types::Loose;
+use crate::pve::upid::Upid;
+
+/// One request that changes something, and how to find out whether it did.
+pub(super) struct Change<'a> {
+    pub(super) call: Call,
+    pub(super) form: &'a [(&'a str, &'a str)],
+    /// The CT that the task is about.
+    pub(super) vmid: Vmid,
+    /// The task's type.
+    pub(super) task: &'static str,
+    pub(super) leaves: State,
+}
+
+/// What a change leaves behind, if that alone shows that there is nothing more to do.
+#[derive(Clone, Copy)]
+pub(super) enum State {
+    Running,
+    Stopped,
+    Gone,
+    /// Nothing that could not be somebody else's.
+    Other,
+}
+
+impl Client {
+    pub(super) async fn change(&self, change: Change<'_>) -> Result<Upid, Error> {
+        let since = unix_time();
+        let payload = match change.form {
+            [] => Payload::Nothing,
+            fields => Payload::form(fields),
+        };
+        let answer = self.send(&change.call, &payload).await.and_then(|reply| {
+            let upid = Loose(&reply.data).as_text().and_then(|text| text.parse().ok());
+            upid.ok_or_else(|| self.unlike(change.call.clone(), "no task id in the answer"))
+        });
+        match answer {
+            Err(error) if error.is_unclear() => self.read_back(&change, since, error).await,
+            answer => answer,
+        }
+    }
+
+    /// Finds out what became of a request whose answer was lost.
+    async fn read_back(&self, change: &Change<'_>, since: u64, lost: Error) -> Result<Upid, Error> {
+        log::warn!(
+            vmid = change.vmid.get(), task = change.task, error = lost.to_string().as_str();
+            "answer lost, reading back"
+        );
+        // The daemon may still be at work on the request when its connection is gone.
+        for pause in [0, 100, 400, 1000] {
+            sleep(Duration::from_millis(pause)).await;
+            match self.find_task(change, since).await {
+                Ok(Some(upid)) => return Ok(upid),
+                Ok(None) => {}
+                // It cannot be told: the first error says more.
+                Err(_) => return Err(lost),
+            }
+        }
+        let running = async || self.status(change.vmid).await.map(|status| status.running);
+        let settled = match change.leaves {
+            State::Running => {
+                matches!(running().await, Ok(true)).then_some(Failure::AlreadyRunning)
+            }
+            State::Stopped => matches!(running().await, Ok(false)).then_some(Failure::NotRunning),
+            State::Gone => match self.config(change.vmid).await {
+                Err(error) if error.failure() == Some(&Failure::NotFound) => {
+                    Some(Failure::NotFound)
+                }
+                _ => None,
+            },
+            State::Other => None,
+        };
+        match settled {
+            Some(failure) => Err(Error::Api { call: Box::new(change.call.clone()), failure }),
+            None => Err(lost),
+        }
+    }
+
+    /// The newest task that `change` can have started. A token sees its own tasks.
+    async fn find_task(&self, change: &Change<'_>, since: u64) -> Result<Option<Upid>, Error> {
+        // The clocks are one, as the node is local; the seconds may just have been rounded apart.
+        let since = since.saturating_sub(1);
+        let Change { vmid, task, .. } = change;
+        let filter = TaskFilter {
+            vmid: Some(*vmid),
+            kind: Some(task),
+            since: Some(since),
+            limit: 20,
+            ..TaskFilter::default()
+        };
+        let id = vmid.to_string();
+        // Checked here as well: not every release honours every filter.
+        let ours = |upid: &Upid| {
+            upid.kind() == *task
+                && upid.id() == id
+                && upid.starttime() >= since
+                && upid.user() == self.inner.credentials.who()
+        };
+        let upids = self.tasks(&filter).await?.into_iter().map(|task| task.upid);
+        Ok(upids.filter(ours).max_by_key(|upid| (upid.starttime(), upid.pstart())))
+    }
+}
+
+pub(super) fn unix_time() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map(|now| now.as_secs()).unwrap_or_default()
+}

@@ -14,8 +14,8 @@ use crate::container;
 use crate::error::{Attempt, Error, Result, quote};
 use crate::process;
 use crate::protocol::{
-    Capabilities, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, HolderSetup, Process, Reply,
-    Request,
+    Capabilities, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecCpuAffinity, HolderSetup,
+    Process, Reply, Request,
 };
 use crate::socket::{Channel, read_setup};
 use crate::sys::{self, Cloned};
@@ -161,7 +161,11 @@ fn unprivileged(setup: &HolderSetup) -> Process {
         oom_score_adj: setup.oom_score_adj,
         apparmor_profile: None,
         seccomp: None,
+        scope_abstract_sockets: false,
         terminal: None,
+        scheduler: None,
+        io_priority: None,
+        exec_cpu_affinity: ExecCpuAffinity::default(),
     }
 }
 

@@ -21,7 +21,7 @@ use containerd_shim_protos::types::mount::Mount;
 use serde_json::{Value, json};
 
 use super::node::Node;
-use super::process::{self, Running};
+use super::process::{self, Running, eventually};
 use super::{grpc, sys};
 
 /// One forwarded event.
@@ -447,6 +447,16 @@ impl Shim {
         request.exec_id = exec.to_owned();
         request.stdin = true;
         self.call::<_, api::Empty>("CloseIO", &request).map(|_| ())
+    }
+
+    /// Kills the shim's process.
+    #[track_caller]
+    pub fn crash(&self) {
+        let pid = self.connect().expect("connect").shim_pid;
+        sys::kill(pid, libc::SIGKILL);
+        eventually("the shim is gone", Duration::from_secs(5), || {
+            (!process::is_alive(pid)).then_some(())
+        });
     }
 
     /// Pid of the shim itself.

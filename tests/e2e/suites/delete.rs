@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::harness::direct::{Driver, Shim, Stdio3, code};
+use crate::harness::direct::{Driver, Stdio3, code};
 use crate::harness::process::{self, eventually};
 use crate::harness::sys;
 use crate::harness::test::Test;
@@ -26,11 +26,7 @@ cases!("delete":
     a_killed_monitor_is_an_exit_and_the_next_start_works,
     a_killed_shim_of_an_exited_container_keeps_its_status,
     sigterm_ends_an_idle_shim,
-    a_delete_that_proxmox_holds_up_tells_the_status_and_is_made_up_for,
-    what_was_left_behind_does_not_block_the_id,
-    poststop_hooks_of_what_was_left_behind_run_without_its_bundle,
     a_container_of_another_containerd_is_not_touched,
-    a_client_that_gives_up_leaves_nothing,
     processes_in_the_hosts_pid_namespace_do_not_outlive_a_crash,
     a_failed_poststart_hook_leaves_a_task_that_can_be_deleted,
 );
@@ -232,90 +228,6 @@ fn sigterm_ends_an_idle_shim(t: &Test) {
     driver.remove_bundle(&id);
 }
 
-/// Runs `work` while Proxmox accepts connections and never answers.
-fn while_proxmox_hangs<T>(t: &Test, work: impl FnOnce() -> T) -> T {
-    let sim = t.node.pve().pid();
-    sys::kill(sim, libc::SIGSTOP);
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-    sys::kill(sim, libc::SIGCONT);
-    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-fn crash(shim: &Shim) {
-    let pid = shim.connect().expect("connect").shim_pid;
-    sys::kill(pid, libc::SIGKILL);
-    eventually("the shim is gone", Duration::from_secs(5), || {
-        (!process::is_alive(pid)).then_some(())
-    });
-}
-
-/// A container that ended with status 7, whose shim crashed, and which `delete` could not remove.
-fn left_behind(t: &Test, driver: &Driver<'_>, id: &str, spec: &serde_json::Value) {
-    let shim = driver.start(id, spec);
-    shim.create(&Stdio3::default()).expect("create");
-    shim.start("").expect("start");
-    assert_eq!(shim.wait("").expect("wait").exit_status, 7);
-    crash(&shim);
-    while_proxmox_hangs(t, || {
-        let started = std::time::Instant::now();
-        assert_eq!(driver.delete_after_crash(id).exit_status, 7);
-        assert!(started.elapsed() < Duration::from_secs(5), "containerd waits 5 s");
-    });
-    assert!(t.node.pve().vmid_of(id).is_some());
-    sys::detach(&shim.bundle.join("rootfs"));
-    driver.remove_bundle(id);
-}
-
-fn poststop_hooks_of_what_was_left_behind_run_without_its_bundle(t: &Test) {
-    let (id, next, driver) = (t.id("a"), t.id("b"), t.driver());
-    let file = t.file("state");
-    let mut spec = driver.spec(&id, &["probe", "exit", "7"]);
-    let script = format!("cat >> {file}");
-    spec["hooks"] = serde_json::json!({"poststop": [
-        // One that fails does not keep the others from running.
-        {"path": "/bin/false"},
-        {"path": "/bin/sh", "args": ["sh", "-c", script]},
-    ]});
-    spec["annotations"] = serde_json::json!({"network": "is mine"});
-    left_behind(t, &driver, &id, &spec);
-    let shim = driver.start(&next, &driver.spec(&next, &["true"]));
-    let state = eventually("the next shim runs the hook", Duration::from_secs(10), || {
-        std::fs::read_to_string(&file).ok().filter(|state| !state.is_empty())
-    });
-    let state: serde_json::Value = serde_json::from_str(&state).expect("one state, as JSON");
-    assert_eq!(state["status"], "stopped");
-    assert_eq!(state["annotations"]["network"], "is mine");
-    assert_eq!(state["id"], id);
-    eventually("the next shim removes it", Duration::from_secs(10), || {
-        t.node.pve().vmid_of(&id).is_none().then_some(())
-    });
-    shim.finish();
-    driver.remove_bundle(&next);
-}
-
-fn a_delete_that_proxmox_holds_up_tells_the_status_and_is_made_up_for(t: &Test) {
-    let (id, next, driver) = (t.id("a"), t.id("b"), t.driver());
-    left_behind(t, &driver, &id, &driver.spec(&id, &["probe", "exit", "7"]));
-    let shim = driver.start(&next, &driver.spec(&next, &["true"]));
-    eventually("the next shim removes it", Duration::from_secs(10), || {
-        let gone = t.node.pve().vmid_of(&id).is_none();
-        (gone && !t.node.run_dir().join(&t.node.namespace).join(&id).exists()).then_some(())
-    });
-    shim.finish();
-    driver.remove_bundle(&next);
-}
-
-fn what_was_left_behind_does_not_block_the_id(t: &Test) {
-    let (id, driver) = (t.id("a"), t.driver());
-    left_behind(t, &driver, &id, &driver.spec(&id, &["probe", "exit", "7"]));
-    let shim = driver.start(&id, &driver.spec(&id, &["probe", "exit", "3"]));
-    shim.create(&Stdio3::default()).expect("create");
-    shim.start("").expect("start");
-    assert_eq!(shim.wait("").expect("wait").exit_status, 3);
-    shim.finish();
-    driver.remove_bundle(&id);
-}
-
 fn a_container_of_another_containerd_is_not_touched(t: &Test) {
     let (id, driver) = (t.id("a"), t.driver());
     let other = Driver::new(&t.node, &t.node.setting.runtime, &t.directory().join("other"));
@@ -334,25 +246,6 @@ fn a_container_of_another_containerd_is_not_touched(t: &Test) {
     driver.remove_bundle(&id);
 }
 
-fn a_client_that_gives_up_leaves_nothing(t: &Test) {
-    let (id, driver) = (t.id("a"), t.driver());
-    let shim = driver.start(&id, &driver.spec(&id, &["sleep", "1000"]));
-    let pid = shim.connect().expect("connect").shim_pid;
-    let mut hasty = shim.clone();
-    hasty.patience = Duration::from_millis(700);
-    while_proxmox_hangs(t, || {
-        hasty.create(&Stdio3::default()).expect_err("no answer in time");
-        hasty.delete("").expect_err("no answer in time");
-        hasty.shutdown();
-    });
-    eventually("the shim has undone it and ends", Duration::from_secs(20), || {
-        (!process::is_alive(pid)).then_some(())
-    });
-    assert_eq!(t.node.pve().vmid_of(&id), None);
-    driver.delete_after_crash(&id);
-    driver.remove_bundle(&id);
-}
-
 fn processes_in_the_hosts_pid_namespace_do_not_outlive_a_crash(t: &Test) {
     let (id, driver) = (t.id("a"), t.driver());
     let mut spec = driver.spec(&id, &["sh", "-c", "sleep 1000 & echo $! > /pid; wait"]);
@@ -365,7 +258,7 @@ fn processes_in_the_hosts_pid_namespace_do_not_outlive_a_crash(t: &Test) {
     let child: u32 = eventually("the child runs", Duration::from_secs(5), || {
         std::fs::read_to_string(shim.bundle.join("rootfs/pid")).ok()?.trim().parse().ok()
     });
-    crash(&shim);
+    shim.crash();
     assert_eq!(driver.delete_after_crash(&id).exit_status, 137);
     assert!(!process::is_alive(child), "a process of the container is left");
     driver.remove_bundle(&id);

@@ -11,6 +11,7 @@ mod exec;
 mod exit;
 mod explain;
 mod fallback;
+mod hang;
 mod hooks;
 mod limits;
 mod oci;
@@ -84,6 +85,7 @@ pub fn all() -> Vec<Case> {
         restart::cases,
         crash::cases,
         fallback::cases,
+        hang::cases,
         run::cases,
         exit::cases,
         stdio::cases,

@@ -42,7 +42,10 @@ struct Ticket {
     text: SecretString,
     cookie: HeaderValue,
     csrf: HeaderValue,
-    since: Instant,
+    /// From then on it is renewed before use.
+    old: Instant,
+    /// From then on it is no longer taken.
+    dead: Instant,
 }
 
 /// What a call can be sent with, or what must be asked for first.
@@ -116,13 +119,11 @@ impl Credentials {
             Kind::User { password, ticket } => (password, lock(ticket).clone()),
         };
         match held {
-            Some(ticket) if ticket.since.elapsed() < RENEW_AFTER => {
+            Some(ticket) if Instant::now() < ticket.old => {
                 let headers = HeaderMap::from_iter([(COOKIE, ticket.cookie.clone())]);
                 Ready::Yes(Proof { headers, ticket: Some(ticket) })
             }
-            Some(ticket) if ticket.since.elapsed() < TICKET_LIFE => {
-                Ready::LogIn(ticket.text.clone())
-            }
+            Some(ticket) if Instant::now() < ticket.dead => Ready::LogIn(ticket.text.clone()),
             _ => Ready::LogIn(password.clone()),
         }
     }
@@ -143,7 +144,8 @@ impl Credentials {
         let (Some(cookie), Some(csrf)) = values else {
             return Err("the ticket in the answer is no header value");
         };
-        *lock(ticket) = Some(Arc::new(Ticket { text: text.into(), cookie, csrf, since: asked }));
+        let (old, dead) = (asked + RENEW_AFTER, asked + TICKET_LIFE);
+        *lock(ticket) = Some(Arc::new(Ticket { text: text.into(), cookie, csrf, old, dead }));
         Ok(())
     }
 
@@ -154,6 +156,18 @@ impl Credentials {
             Kind::Token { .. } => false,
             Kind::User { ticket, .. } => lock(ticket).take().is_some(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Credentials {
+    /// Makes the ticket so much older.
+    pub(super) fn age(&self, by: Duration) {
+        let Kind::User { ticket, .. } = &self.kind else { panic!("a token does not age") };
+        let mut held = lock(ticket);
+        let ticket = Arc::get_mut(held.as_mut().unwrap()).unwrap();
+        ticket.old = ticket.old.checked_sub(by).unwrap();
+        ticket.dead = ticket.dead.checked_sub(by).unwrap();
     }
 }
 

@@ -752,6 +752,13 @@ mod tests {
             ("err-locked-config", locked()),
             ("err-digest-mismatch", Failure::DigestMismatch),
             ("err-task-missing", Failure::NoSuchTask),
+            (
+                "err-create-storage-unknown",
+                Failure::StorageUnusable {
+                    storage: "nope".into(),
+                    text: "storage 'nope' does not exist".into(),
+                },
+            ),
             ("err-put-empty", Failure::Other { status: 500, text: "no options specified".into() }),
         ];
         for (name, expected) in table {
@@ -765,6 +772,11 @@ mod tests {
             ("err-ct-missing-start", Failure::NotFound),
             ("err-locked-stop", Failure::Locked { by: "backup".into() }),
             ("err-locked-start-stopped", Failure::Locked { by: "create".into() }),
+            ("lxc-rollback-missing", Failure::SnapshotMissing { snapshot: "s1".into() }),
+            (
+                "err-create-template-missing",
+                Failure::VolumeMissing { volume: "local:vztmpl/nope.tar.gz".into() },
+            ),
         ];
         for (name, expected) in table {
             let error = task(name);
@@ -875,17 +887,72 @@ mod tests {
         assert!(matches!(quorum.failure(), Some(Failure::NoQuorum { .. })), "{quorum:?}");
         let create = of("unable to create CT 300 - CT 300 already exists on node 'pve1'");
         assert_eq!(create.failure(), Some(&Failure::Exists));
+        for text in [
+            "storage 'x' is not available on node 'pve1'",
+            "storage 'x' is not online",
+            "storage 'x' is disabled",
+            "unable to create CT 300 - storage 'x' does not exist",
+        ] {
+            let Some(Failure::StorageUnusable { storage, .. }) = Failure::recognise(text) else {
+                panic!("{text}")
+            };
+            assert_eq!(storage, "x");
+        }
+        for text in ["write failed: No space left on device", "x: Disk quota exceeded"] {
+            let full = of(text);
+            assert!(matches!(full.failure(), Some(Failure::StorageFull { .. })), "{full:?}");
+        }
         for status in [595, 596, 599] {
             let error = from_answer(&context(), call(), status, "Connection timed out", b"");
             assert!(error.is_unclear() && error.is_transient(), "{error:?}");
         }
     }
 
+    /// Proxmox repeats only the exit code of the program that met it.
+    #[test]
+    fn a_full_storage_is_recognised_in_the_log_of_a_task() {
+        let upid: Upid =
+            "UPID:pve1:00000500:000500F1:6B01F13F:vzcreate:110:root@pam:".parse().unwrap();
+        let text = "unable to create CT 110 - command 'tar xpf -' failed: exit code 2";
+        let line = "tar: ./bin/busybox: Cannot write: No space left on device";
+        let error =
+            from_task(&upid, text, vec!["extracting archive".into(), line.into(), "x".into()]);
+        assert_eq!(error.failure(), Some(&Failure::StorageFull { text: line.into() }));
+        let error = from_task(&upid, text, vec!["No space left on device, says my hook".into()]);
+        assert!(matches!(error, Error::TaskFailed { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn an_unclear_answer_is_told_from_a_refusal() {
+        let call = || Call { method: "POST", path: "/x".into(), vmid: None };
+        let refusal = br#"{"data":null,"message":"no"}"#;
+        for (status, body, unclear) in [
+            (500, &refusal[..], false),
+            (400, refusal, false),
+            (403, refusal, false),
+            (501, refusal, false),
+            // Half of Proxmox's error, or a gateway's: who knows what happened behind it.
+            (500, b"{\"data\":null,\"mess", true),
+            (502, b"<html>", true),
+            (504, b"", true),
+            (596, b"", true),
+            (404, b"<html>", false),
+        ] {
+            let error = from_answer(&context(), call(), status, "Reason", body);
+            assert_eq!(error.is_unclear(), unclear, "{status}: {error:?}");
+        }
+    }
+
     #[test]
     fn words_in_the_middle_of_a_text_prove_nothing() {
-        for text in
-            ["hook said: CT 100 not running", "x CT is locked (backup)", "CT 100 says not running"]
-        {
+        for text in [
+            "hook said: CT 100 not running",
+            "x CT is locked (backup)",
+            "CT 100 says not running",
+            "my storage 'x' does not exist",
+            "storage 'x' sings",
+            "No space left on device, or is there",
+        ] {
             assert_eq!(Failure::recognise(text), None, "{text}");
         }
     }

@@ -150,6 +150,11 @@ impl Fake {
         super::tls::fingerprint(&certificate)
     }
 
+    /// For a server of one's own with this one's certificate.
+    pub(super) fn acceptor(&self) -> TlsAcceptor {
+        self.tls.lock().unwrap().clone()
+    }
+
     /// `https://HOST:PORT`
     pub(super) fn url(&self) -> String {
         format!("https://{}", self.address)

@@ -1,6 +1,7 @@
 //! Recorded answers of a real API, for tests. They are kept with the simulator, whose contract
 //! they are.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -63,6 +64,13 @@ impl Recorded {
     /// Without the `/api2/json` before it.
     pub(super) fn path(&self) -> &str {
         self.0["request"]["path"].as_str().unwrap().strip_prefix("/api2/json").unwrap()
+    }
+
+    /// What the request carried, in its body or query, as text.
+    pub(super) fn form(&self) -> BTreeMap<String, String> {
+        let fields = self.0["request"]["form"].as_object().into_iter().flatten();
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        fields.map(|(name, value)| (name.clone(), text(value))).collect()
     }
 
     pub(super) fn task_exitstatus(&self) -> &str {

@@ -211,6 +211,107 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_failure_of_proxmox_has_its_code() {
+        use pve::{Error as E, Failure as F};
+        let text = || "x".to_owned();
+        let vmid = config::Vmid::new(100).unwrap();
+        let call = || Box::new(pve::Call { method: "POST", path: "/x".into(), vmid: None });
+        let upid: pve::Upid =
+            "UPID:pve1:00000500:000500F1:6B01F13F:vzstart:110:root@pam:".parse().unwrap();
+        let upid = || Box::new(upid.clone());
+        let short = std::time::Duration::from_secs(1);
+        let pin = || config::Fingerprint([0; 32]);
+        let failures = [
+            (F::NotFound, Code::FAILED_PRECONDITION),
+            (F::Exists, Code::FAILED_PRECONDITION),
+            (F::AlreadyRunning, Code::FAILED_PRECONDITION),
+            (F::NotRunning, Code::FAILED_PRECONDITION),
+            (F::Running, Code::FAILED_PRECONDITION),
+            (F::Protected, Code::FAILED_PRECONDITION),
+            (F::DigestMismatch, Code::FAILED_PRECONDITION),
+            (F::Locked { by: text() }, Code::UNAVAILABLE),
+            (F::LockTimeout, Code::UNAVAILABLE),
+            (F::NoQuorum { text: text() }, Code::UNAVAILABLE),
+            (F::StorageUnusable { storage: text(), text: text() }, Code::FAILED_PRECONDITION),
+            (F::StorageFull { text: text() }, Code::RESOURCE_EXHAUSTED),
+            (F::VolumeMissing { volume: text() }, Code::FAILED_PRECONDITION),
+            (F::SnapshotMissing { snapshot: text() }, Code::FAILED_PRECONDITION),
+            (F::NoSuchTask, Code::UNKNOWN),
+            (F::BadParameter { errors: Default::default() }, Code::INVALID_ARGUMENT),
+            (F::Other { status: 500, text: text() }, Code::UNKNOWN),
+        ];
+        let failures =
+            failures.map(|(failure, code)| (E::Api { call: call(), failure }, code)).into_iter();
+        let endpoint = text;
+        let others = [
+            (E::TaskFailed { upid: upid(), text: text(), log: Vec::new() }, Code::UNKNOWN),
+            (
+                E::TaskTimeout { upid: upid(), waited: short, stopped: true },
+                Code::DEADLINE_EXCEEDED,
+            ),
+            (
+                E::Timeout { endpoint: endpoint(), call: call(), sent: true, after: short },
+                Code::DEADLINE_EXCEEDED,
+            ),
+            (
+                E::Authentication { who: text(), file: "/x".into(), text: text() },
+                Code::UNAUTHENTICATED,
+            ),
+            (
+                E::Permission {
+                    call: call(),
+                    who: text(),
+                    path: None,
+                    privilege: None,
+                    text: text(),
+                },
+                Code::PERMISSION_DENIED,
+            ),
+            (
+                E::NodeUnknown { endpoint: endpoint(), node: text(), known: Vec::new() },
+                Code::INVALID_ARGUMENT,
+            ),
+            (
+                E::Unreachable { endpoint: endpoint(), sent: false, cause: text() },
+                Code::UNAVAILABLE,
+            ),
+            (
+                E::FingerprintMismatch {
+                    endpoint: endpoint(),
+                    presented: pin(),
+                    configured: vec![pin()],
+                },
+                Code::UNAVAILABLE,
+            ),
+            (
+                E::Untrusted { endpoint: endpoint(), reason: text(), remedy: text() },
+                Code::UNAVAILABLE,
+            ),
+            (E::Tls { endpoint: endpoint(), reason: text() }, Code::UNAVAILABLE),
+            (
+                E::Protocol { endpoint: endpoint(), call: call(), status: 200, reason: text() },
+                Code::UNAVAILABLE,
+            ),
+            (E::Unsendable { call: call(), reason: text() }, Code::INVALID_ARGUMENT),
+            (
+                config::ApiToken::parse("", "/x".as_ref()).unwrap_err().into(),
+                Code::INVALID_ARGUMENT,
+            ),
+            (E::CaFile { path: "/x".into(), reason: text() }, Code::INVALID_ARGUMENT),
+            (E::Setup { reason: text() }, Code::INVALID_ARGUMENT),
+            (
+                E::NotOurs { vmid, reason: pve::identity::NotOurs::NoMarker },
+                Code::FAILED_PRECONDITION,
+            ),
+        ];
+        for (error, code) in failures.chain(others) {
+            let words = error.to_string();
+            assert!(!words.is_empty() && !words.contains('\n'), "{words}");
+            assert_eq!(Error::from(error).code(), code, "{words}");
+        }
+    }
+
+    #[test]
     fn a_cause_is_told_once() {
         let denied = || io::Error::from_raw_os_error(nix::libc::EACCES);
         let path = PathBuf::from("/p");

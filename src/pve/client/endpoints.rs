@@ -19,11 +19,9 @@ impl Endpoints {
     }
 
     /// In the configured order, but for those that failed not long ago: they come last.
-    pub(super) fn in_order(&self) -> Vec<Arc<Server>> {
-        let resting: Vec<bool> = {
-            let failed = self.times();
-            failed.iter().map(|at| at.is_some_and(|at| at.elapsed() < REST)).collect()
-        };
+    pub(super) fn in_order(&self, now: Instant) -> Vec<Arc<Server>> {
+        let rests = |at: &Option<Instant>| at.is_some_and(|at| now < at + REST);
+        let resting: Vec<bool> = self.times().iter().map(rests).collect();
         let with = |rests: bool| {
             let pairs = self.servers.iter().zip(&resting);
             pairs.filter(move |(_, resting)| **resting == rests).map(|(server, _)| server.clone())
@@ -31,17 +29,20 @@ impl Endpoints {
         with(false).chain(with(true)).collect()
     }
 
-    pub(super) fn failed(&self, server: &Arc<Server>) {
+    pub(super) fn failed(&self, server: &Arc<Server>, now: Instant) {
         for (known, failed) in self.servers.iter().zip(self.times().iter_mut()) {
             if Arc::ptr_eq(known, server) {
-                *failed = Some(Instant::now());
+                *failed = Some(now);
             }
         }
     }
 
     /// The URL of the one that would be asked now.
     pub(super) fn preferred(&self) -> String {
-        self.in_order().first().map(|server| server.url().to_owned()).unwrap_or_default()
+        self.in_order(Instant::now())
+            .first()
+            .map(|server| server.url().to_owned())
+            .unwrap_or_default()
     }
 
     fn times(&self) -> MutexGuard<'_, Vec<Option<Instant>>> {

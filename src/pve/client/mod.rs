@@ -167,7 +167,7 @@ impl Client {
         deadline: Instant,
     ) -> Result<Reply, Error> {
         let repeatable = call.method == "GET";
-        let servers = self.inner.endpoints.in_order();
+        let servers = self.inner.endpoints.in_order(Instant::now());
         let mut first = None;
         for (n, server) in servers.iter().enumerate() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -182,7 +182,7 @@ impl Client {
             if !error.is_of_endpoint() || (!repeatable && error.is_unclear()) {
                 return Err(error);
             }
-            self.inner.endpoints.failed(server);
+            self.inner.endpoints.failed(server, Instant::now());
             if n + 1 < servers.len() {
                 log::warn!(error = error.to_string().as_str(); "trying the next endpoint");
             }
@@ -316,10 +316,8 @@ fn segment(text: &str) -> String {
 
 /// A query, with its question mark; empty if there are no fields.
 fn query(fields: &[(&str, &str)]) -> String {
-    let mut form = form_urlencoded::Serializer::new(String::from("?"));
-    form.extend_pairs(fields);
-    let query = form.finish();
-    if query.len() == 1 { String::new() } else { query }
+    let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
+    if query.is_empty() { query } else { format!("?{query}") }
 }
 
 #[cfg(test)]

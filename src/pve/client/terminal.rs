@@ -64,7 +64,7 @@ impl Client {
         let fields = [("port", ticket.port.as_str()), ("vncticket", ticket.ticket.as_str())];
         let path = format!("/api2/json{}{}", call.path, query(&fields));
         // That of the call before, as long as it did not fail.
-        let Some(server) = self.inner.endpoints.in_order().into_iter().next() else {
+        let Some(server) = self.inner.endpoints.in_order(Instant::now()).into_iter().next() else {
             return Err(Error::Setup { reason: "there is no endpoint".into() });
         };
         let socket = self.websocket(&server, &call, &path, deadline).await?;

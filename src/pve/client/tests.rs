@@ -1,3 +1,10 @@
+mod calls;
+mod failover;
+mod faults;
+mod login;
+mod terminal;
+mod upload;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;

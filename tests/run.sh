@@ -22,8 +22,8 @@ suites() { # NAME [DIRECTORY]
 if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
-	echo "== init with real LXC, the bootstrap protocol, the simulator and its contract"
-	cargo test --locked --workspace --test ct --test bootstrap --test contract --test lifecycle --test faults
+	echo "== init with real LXC, the bootstrap protocol, the client, the simulator and its contract"
+	cargo test --locked --workspace --test ct --test bootstrap --test client --test contract --test lifecycle --test faults
 	cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi

@@ -1,0 +1,472 @@
+//! The Proxmox client against the simulator, with real CTs: what becomes of its calls when requests
+//! and answers are lost, tasks fail, locks are held, and an administrator is at work at the same
+//! time. Needs root and LXC.
+//!
+//! The rules under test: no change is sent twice, nobody else's CT is touched, and what is reported
+//! is what happened.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use pve_sim::node::{Node, Options};
+use pve_sim::profile::{Kind, Profile};
+use pve_sim::{control, http, tls};
+use serde_json::{Value, json};
+use shim_proxmox::config::{Config, Vmid};
+use shim_proxmox::pve::conf::{CtDescription, Hostname};
+use shim_proxmox::pve::identity::{Id128, Identity};
+use shim_proxmox::pve::{Client, Error, Failure, Outcome, Upid};
+use tokio::net::TcpListener;
+use tokio::time::{Instant, sleep};
+use tokio_rustls::TlsAcceptor;
+
+/// A node, a CT of ours on it, and a client.
+struct World {
+    node: Arc<Node>,
+    client: Client,
+    ours: Identity,
+    dir: tempfile::TempDir,
+}
+
+/// A VMID of this process's own, as all CTs of a host share the cgroup tree.
+fn vmid() -> Vmid {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    Vmid::new(700_000_000 + std::process::id() % 100_000 * 1000 + n).unwrap()
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+impl World {
+    async fn new() -> World {
+        let needed = Path::new("/bin/busybox").exists() && Path::new("/usr/bin/lxc-start").exists();
+        assert!(needed, "needs root, lxc-start and busybox: `make test` installs them");
+        let dir = tempfile::tempdir().unwrap();
+        let identity = tls::identity(&["127.0.0.1"]).unwrap();
+        let options = Options {
+            root: dir.path().join("node"),
+            name: "pve1".into(),
+            profile: Profile { kind: Kind::Instant, scale: 0.02 },
+        };
+        let node = Node::open(&options, identity.fingerprint.clone()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let text = format!(
+            "[proxmox]\nendpoint = \"https://{}\"\nnode = \"pve1\"\ntoken_file = \"{}\"\n\
+             fingerprint = \"{}\"\nrequest_timeout = 1\n",
+            listener.local_addr().unwrap(),
+            node.paths.root.join("admin-token").display(),
+            identity.fingerprint,
+        );
+        let acceptor = TlsAcceptor::from(identity.config);
+        let serving = node.clone();
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let (node, acceptor) = (serving.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(socket).await {
+                        http::serve(node, stream).await;
+                    }
+                });
+            }
+        });
+        let client = Client::new(&Config::from_toml(&text, "test").unwrap()).unwrap();
+        let ours = Identity {
+            install_id: Id128::random().unwrap(),
+            vmid: vmid(),
+            namespace: "default".into(),
+            container_id: "web".into(),
+            nonce: Id128::random().unwrap(),
+            boot_id: Id128::random().unwrap(),
+        };
+        let world = World { node, client, ours, dir };
+        world.write_ct(&world.ours);
+        world
+    }
+
+    /// Writes a CT as the shim does, with busybox's sleep as its init.
+    fn write_ct(&self, identity: &Identity) {
+        let rootfs = self.dir.path().join("rootfs");
+        if !rootfs.exists() {
+            for name in ["bin", "dev", "proc", "sys"] {
+                fs::create_dir_all(rootfs.join(name)).unwrap();
+            }
+            fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+            symlink("busybox", rootfs.join("bin/sleep")).unwrap();
+        }
+        let run_dir = self.dir.path().join(&identity.namespace).join(&identity.container_id);
+        fs::create_dir_all(&run_dir).unwrap();
+        let include = run_dir.join("lxc.conf");
+        let lines = format!(
+            "lxc.hook.pre-start =\nlxc.rootfs.path = dir:{}\nlxc.init.cmd = /bin/sleep 1000\n",
+            rootfs.display()
+        );
+        fs::write(&include, lines).unwrap();
+        let description = CtDescription {
+            hostname: Hostname::from_container_id(&identity.container_id),
+            memory_mib: 256,
+            swap_mib: 0,
+            cpulimit: None,
+            cpuunits: None,
+            tags: Vec::new(),
+            notes: identity.notes(None),
+            rootfs,
+            include,
+        };
+        fs::write(self.conf(), description.render().unwrap()).unwrap();
+    }
+
+    fn vmid(&self) -> Vmid {
+        self.ours.vmid
+    }
+
+    fn conf(&self) -> std::path::PathBuf {
+        self.node.paths.confs.join(format!("{}.conf", self.vmid()))
+    }
+
+    fn path(&self, below: &str) -> String {
+        format!("/nodes/pve1/lxc/{}{below}", self.vmid())
+    }
+
+    async fn control(&self, command: Value) -> Value {
+        let answer = control::command(&self.node, &command.to_string()).await;
+        answer.unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// The next request with this method about the CT.
+    async fn fault(&self, method: &str, below: &str, effect: Value) {
+        let fault = json!({"method": method, "path": self.path(below), "effect": effect});
+        self.control(json!({ "fault": fault })).await;
+    }
+
+    /// A call that an administrator makes.
+    fn administrator(&self, method: &str, below: &str, params: Value) -> Value {
+        json!({"method": method, "path": self.path(below), "params": params})
+    }
+
+    /// Counts the requests with this method about the CT from now on.
+    async fn count(&self, method: &str, below: &str) -> impl AsyncFn() -> u64 {
+        // A fault that hits none of them.
+        let fault = json!({"method": method, "path": self.path(below), "skip": 1_000_000, "effect": "lose-request"});
+        let place = self.control(json!({"faults": {}})).await["requests"].as_array().unwrap().len();
+        self.control(json!({ "fault": fault })).await;
+        let node = self.node.clone();
+        async move || {
+            let list = control::command(&node, r#"{"faults":{}}"#).await.unwrap();
+            list["requests"][place]["seen"].as_u64().unwrap()
+        }
+    }
+
+    async fn started(&self) -> Upid {
+        let upid = self.client.start(self.vmid()).await.unwrap();
+        self.client.wait(&upid, soon()).await.unwrap();
+        upid
+    }
+
+    async fn running(&self) -> bool {
+        self.client.status(self.vmid()).await.unwrap().running
+    }
+
+    /// How many tasks of this type the client has started.
+    async fn tasks(&self, kind: &str) -> usize {
+        let filter = shim_proxmox::pve::TaskFilter {
+            vmid: Some(self.vmid()),
+            kind: Some(kind),
+            ..Default::default()
+        };
+        self.client.tasks(&filter).await.unwrap().len()
+    }
+
+    async fn end(&self) {
+        self.control(json!({"clear": {}})).await;
+        self.node.shut_down().await;
+    }
+}
+
+const START: &str = "/status/start";
+const STOP: &str = "/status/stop";
+
+#[tokio::test]
+async fn a_ct_is_started_stopped_and_destroyed() {
+    let w = World::new().await;
+    w.client.check().await.unwrap();
+    w.started().await;
+    assert!(w.running().await);
+    assert!(w.client.list().await.unwrap().iter().any(|ct| ct.vmid == w.vmid() && ct.running));
+    assert_eq!(w.client.stop_ours(&w.ours, soon()).await.unwrap(), Outcome::Done);
+    assert_eq!(w.client.stop_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
+    assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::Done);
+    assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
+    assert!(!w.conf().exists());
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_start_that_was_lost_on_the_way_stays_unclear_and_is_not_sent_again() {
+    for effect in [
+        json!("lose-request"),
+        json!({"status": {"code": 596, "reason": "Connection timed out"}}),
+        json!({"status": {"code": 599, "reason": "Too many redirections"}}),
+    ] {
+        let w = World::new().await;
+        let sent = w.count("POST", START).await;
+        w.fault("POST", START, effect.clone()).await;
+        let error = w.client.start(w.vmid()).await.unwrap_err();
+        assert!(error.is_unclear(), "{effect}: {error:?}");
+        assert_eq!((sent().await, w.tasks("vzstart").await), (1, 0), "{effect}");
+        assert!(!w.running().await);
+        w.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_start_whose_answer_was_lost_is_found_by_its_task() {
+    for effect in [
+        json!("lose-answer"),
+        json!({"truncate": {"bytes": 20}}),
+        json!({"garble": {"bytes": 20}}),
+        json!({"garble": {"bytes": 0}}),
+        // Longer than a call may take.
+        json!({"delay-answer": {"ms": 3000}}),
+        json!({"delay-request": {"ms": 1500}}),
+    ] {
+        let w = World::new().await;
+        let sent = w.count("POST", START).await;
+        w.fault("POST", START, effect.clone()).await;
+        let upid = w.client.start(w.vmid()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
+        w.client.wait(&upid, soon()).await.unwrap();
+        assert!(w.running().await, "{effect}");
+        assert_eq!((sent().await, w.tasks("vzstart").await), (1, 1), "{effect}");
+        w.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_is_carried_out_twice_starts_one_ct() {
+    let w = World::new().await;
+    w.fault("POST", START, json!("duplicate")).await;
+    // The answer is that to the second: that it runs, or a task that finds so.
+    let result = match w.client.start(w.vmid()).await {
+        Ok(upid) => w.client.wait(&upid, soon()).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = result {
+        assert_eq!(error.failure(), Some(&Failure::AlreadyRunning), "{error:?}");
+    }
+    let begun = Instant::now();
+    while !w.running().await {
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        sleep(Duration::from_millis(20)).await;
+    }
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_start_task_that_fails_tells_the_step_s_text() {
+    for (step, runs) in [("begin", false), ("locked", false), ("spawned", false), ("end", true)] {
+        let w = World::new().await;
+        let text = format!("it broke at {step}");
+        w.control(json!({"fail-task": {"type": "vzstart", "step": step, "text": text}})).await;
+        let upid = w.client.start(w.vmid()).await.unwrap();
+        let error = w.client.wait(&upid, soon()).await.unwrap_err();
+        let Error::TaskFailed { text: found, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(*found, text);
+        // The task's word is not the CT's state.
+        if runs {
+            assert!(w.running().await, "{step}");
+        }
+        w.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_held_lock_is_waited_for() {
+    let w = World::new().await;
+    w.started().await;
+    w.control(json!({"hold-lock": {"vmid": w.vmid().get()}})).await;
+    // Proxmox gives up after 10 s, here 0.2.
+    let error = w.client.stop(w.vmid()).await;
+    let error = w.client.wait(&error.unwrap(), soon()).await.unwrap_err();
+    assert_eq!(error.failure(), Some(&Failure::LockTimeout), "{error:?}");
+    let (node, vmid) = (w.node.clone(), w.vmid().get());
+    let release = tokio::spawn(async move {
+        sleep(Duration::from_millis(500)).await;
+        let command = json!({"release-lock": {"vmid": vmid}}).to_string();
+        control::command(&node, &command).await.unwrap();
+    });
+    assert_eq!(w.client.stop_ours(&w.ours, soon()).await.unwrap(), Outcome::Done);
+    release.await.unwrap();
+    assert!(w.tasks("vzstop").await > 2);
+    w.end().await;
+}
+
+#[tokio::test]
+async fn an_administrator_s_lock_is_waited_for_until_the_deadline_and_then_named() {
+    let w = World::new().await;
+    let lock = w.administrator("PUT", "/config", json!({"lock": "backup"}));
+    w.control(json!({ "call": lock })).await;
+    let deadline = Instant::now() + Duration::from_millis(500);
+    let error = w.client.destroy_ours(&w.ours, deadline).await.unwrap_err();
+    assert_eq!(error.failure(), Some(&Failure::Locked { by: "backup".into() }), "{error:?}");
+    assert!(w.conf().exists());
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_stop_or_destruction_whose_answer_is_lost_or_doubled_ends_well() {
+    for effect in [
+        json!("lose-answer"),
+        json!("lose-request"),
+        json!("duplicate"),
+        json!({"garble": {"bytes": 5}}),
+    ] {
+        let w = World::new().await;
+        w.started().await;
+        w.fault("POST", STOP, effect.clone()).await;
+        w.client.stop_ours(&w.ours, soon()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
+        assert!(!w.running().await, "{effect}");
+        w.fault("DELETE", "", effect.clone()).await;
+        w.client.destroy_ours(&w.ours, soon()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
+        assert!(!w.conf().exists(), "{effect}");
+        w.end().await;
+    }
+}
+
+#[tokio::test]
+async fn what_an_administrator_has_done_first_is_found_so() {
+    let w = World::new().await;
+    let start = w.administrator("POST", START, json!({}));
+    w.fault("POST", START, json!({ "call-before": start })).await;
+    let error = w.client.start(w.vmid()).await.unwrap_err();
+    assert_eq!(error.failure(), Some(&Failure::AlreadyRunning), "{error:?}");
+    let stop = w.administrator("POST", STOP, json!({}));
+    w.fault("POST", STOP, json!({ "call-before": stop })).await;
+    assert_eq!(w.client.stop_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
+    let destroy = w.administrator("DELETE", "", json!({}));
+    w.fault("DELETE", "", json!({ "call-before": destroy })).await;
+    assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_ct_that_an_administrator_starts_or_reboots_meanwhile_is_not_destroyed() {
+    for (action, params) in [("start", json!({})), ("reboot", json!({"timeout": "1"}))] {
+        let w = World::new().await;
+        if action == "reboot" {
+            w.started().await;
+        }
+        let call = w.administrator("POST", &format!("/status/{action}"), params);
+        w.fault("DELETE", "", json!({ "call-before": call })).await;
+        // It might just be about to end; but not for long.
+        let error = w.client.destroy_ours(&w.ours, soon()).await.unwrap_err();
+        assert_eq!(error.failure(), Some(&Failure::Running), "{action}: {error:?}");
+        assert!(w.running().await && w.conf().exists(), "{action}");
+        // A stop makes it possible.
+        w.client.stop_ours(&w.ours, soon()).await.unwrap();
+        w.client.destroy_ours(&w.ours, soon()).await.unwrap();
+        w.end().await;
+    }
+}
+
+#[tokio::test]
+async fn an_edit_between_reading_and_writing_is_not_overwritten() {
+    let w = World::new().await;
+    let shown = w.client.config(w.vmid()).await.unwrap();
+    let edit = w.administrator("PUT", "/config", json!({"tags": "theirs"}));
+    w.fault("PUT", "/config", json!({ "call-before": edit })).await;
+    let put = w.client.put_config(w.vmid(), &[("tags", "ours")], Some(&shown.digest)).await;
+    let error = put.unwrap_err();
+    assert_eq!(error.failure(), Some(&Failure::DigestMismatch), "{error:?}");
+    assert_eq!(w.client.config(w.vmid()).await.unwrap().tags.as_deref(), Some("theirs"));
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_ct_that_has_become_somebody_else_s_is_left_alone() {
+    // Its notes are edited, or it is destroyed and another one takes the VMID.
+    let w = World::new().await;
+    w.started().await;
+    let edit = w.administrator("PUT", "/config", json!({"description": "my database"}));
+    w.fault("GET", "/config", json!({ "call-before": edit })).await;
+    let error = w.client.stop_ours(&w.ours, soon()).await.unwrap_err();
+    assert!(matches!(error, Error::NotOurs { .. }), "{error:?}");
+    assert!(w.running().await);
+    w.write_ct(&Identity { nonce: Id128::random().unwrap(), ..w.ours.clone() });
+    for error in [
+        w.client.stop_ours(&w.ours, soon()).await.unwrap_err(),
+        w.client.destroy_ours(&w.ours, soon()).await.unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::NotOurs { .. }), "{error:?}");
+    }
+    assert!(w.running().await && w.conf().exists());
+    assert_eq!((w.tasks("vzstop").await, w.tasks("vzdestroy").await), (0, 0));
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_clone_has_our_notes_and_is_still_not_ours() {
+    let w = World::new().await;
+    let clone = Identity { vmid: vmid(), ..w.ours.clone() };
+    let path = w.node.paths.confs.join(format!("{}.conf", clone.vmid));
+    fs::copy(w.conf(), &path).unwrap();
+    let error = w.client.destroy_ours(&clone, soon()).await.unwrap_err();
+    assert!(matches!(error, Error::NotOurs { .. }), "{error:?}");
+    assert!(path.exists());
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_revoked_token_is_told_once() {
+    let w = World::new().await;
+    w.client.check().await.unwrap();
+    w.control(json!({"revoke-token": {"token": "root@pam!admin"}})).await;
+    let sent = w.count("POST", START).await;
+    let error = w.client.start(w.vmid()).await.unwrap_err();
+    assert!(matches!(error, Error::Authentication { .. }), "{error:?}");
+    assert!(error.to_string().contains("root@pam!admin"), "{error}");
+    assert!(sent().await <= 1);
+    w.end().await;
+}
+
+#[tokio::test]
+async fn waiting_for_a_task_survives_lost_and_slow_answers() {
+    let w = World::new().await;
+    let path = "/nodes/pve1/tasks/*/status";
+    for effect in [
+        json!("lose-request"),
+        json!("lose-answer"),
+        json!({"delay-answer": {"ms": 1500}}),
+        json!({"status": {"code": 596, "reason": "x"}}),
+    ] {
+        w.control(json!({"fault": {"path": path, "times": 4, "effect": effect}})).await;
+    }
+    let upid = w.client.start(w.vmid()).await.unwrap();
+    w.client.wait(&upid, Instant::now() + Duration::from_secs(30)).await.unwrap();
+    assert!(w.running().await);
+    w.end().await;
+}
+
+#[tokio::test]
+async fn a_get_survives_what_breaks_on_the_way() {
+    let w = World::new().await;
+    for effect in [
+        json!("lose-request"),
+        json!("lose-answer"),
+        json!({"truncate": {"bytes": 7}}),
+        json!({"garble": {"bytes": 7}}),
+        json!({"status": {"code": 599, "reason": "x"}}),
+        json!({"delay-answer": {"ms": 300}}),
+        json!("duplicate"),
+    ] {
+        let fault = json!({"path": w.path("/config"), "times": 2, "effect": effect});
+        w.control(json!({ "fault": fault })).await;
+        w.client.config(w.vmid()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
+        w.control(json!({"clear": {}})).await;
+    }
+    w.end().await;
+}

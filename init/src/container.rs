@@ -48,7 +48,7 @@ fn become_workload(channel: &Channel) -> Error {
         Ok((setup, root))
     };
     match prepare() {
-        Ok((setup, root)) => process::execute(&setup.process, root, || {
+        Ok((setup, root)) => process::execute(&setup.process, root, channel, || {
             oci_hooks::start_container(&setup.start_container)
         }),
         Err(error) => error,

@@ -114,7 +114,7 @@ fn become_process(channel: &Channel, setup: &ExecSetup, stdio: Vec<OwnedFd>) -> 
         Ok(root)
     };
     match prepare() {
-        Ok(root) => process::execute(&setup.process, root, || Ok(())),
+        Ok(root) => process::execute(&setup.process, root, channel, || Ok(())),
         Err(error) => error,
     }
 }

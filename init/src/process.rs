@@ -13,8 +13,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::error::{Attempt, Error, Result, errno_text, quote};
-use crate::protocol::{Process, Seccomp};
+use crate::protocol::{Process, Reply, Request, Seccomp};
 use crate::rootfs::Root;
+use crate::socket::Channel;
 use crate::sys;
 
 /// `/etc/passwd` comes from the image: a huge one must not cost memory or time.
@@ -27,8 +28,13 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 ///
 /// `before` runs last, with all of the process's restrictions: what it executes comes from the
 /// image.
-pub fn execute(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> Error {
-    match apply(process, root, before) {
+pub fn execute(
+    process: &Process,
+    root: Root,
+    channel: &Channel,
+    before: impl FnOnce() -> Result<()>,
+) -> Error {
+    match apply(process, root, channel, before) {
         Ok(never) => match never {},
         Err(error) => error,
     }
@@ -36,7 +42,12 @@ pub fn execute(process: &Process, root: Root, before: impl FnOnce() -> Result<()
 
 enum Never {}
 
-fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> Result<Never> {
+fn apply(
+    process: &Process,
+    root: Root,
+    channel: &Channel,
+    before: impl FnOnce() -> Result<()>,
+) -> Result<Never> {
     let file = process.args.first().ok_or(Error::Protocol("a process without arguments"))?;
     let args = c_strings(&process.args).attempt(|| "arguments of the process")?;
     let env = environment(&process.env, || home(&root, process.uid));
@@ -90,10 +101,10 @@ fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> 
     if process.no_new_privileges {
         sys::set_no_new_privileges().attempt(|| "set no_new_privs")?;
         if let Some(seccomp) = &process.seccomp {
-            load(seccomp)?;
+            load(seccomp, channel)?;
         }
     } else if let Some(seccomp) = privileged_filter {
-        load(seccomp)?;
+        load(seccomp, channel)?;
         let wanted = &process.capabilities;
         sys::set_capabilities(wanted.effective, wanted.permitted, wanted.inheritable)
             .attempt(|| "drop CAP_SYS_ADMIN after loading the seccomp filter")?;
@@ -199,15 +210,16 @@ pub(crate) fn become_user(process: &Process, keep_admin: bool) -> Result<()> {
     Ok(())
 }
 
-fn load(seccomp: &Seccomp) -> Result<()> {
-    if libc::c_ulong::from(seccomp.flags) & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER != 0 {
-        return Err(Error::Refused {
-            object: "a seccomp listener".to_owned(),
-            reason: "is not supported",
-        });
+/// With a listener, nothing may follow before its agent has it: the shim's word is waited for.
+fn load(seccomp: &Seccomp, channel: &Channel) -> Result<()> {
+    let listener = sys::load_seccomp(seccomp.flags, &seccomp.program)
+        .attempt(|| "error loading seccomp filter into kernel")?;
+    let Some(listener) = listener else { return Ok(()) };
+    channel.send(&Reply::Listener, &[listener.as_fd()])?;
+    match channel.receive()? {
+        (Request::Listening, _) => Ok(()),
+        _ => Err(Error::Protocol("expected Listening")),
     }
-    sys::load_seccomp(seccomp.flags, &seccomp.program)
-        .attempt(|| "error loading seccomp filter into kernel")
 }
 
 /// A working directory outside the root would be a way out of the container.

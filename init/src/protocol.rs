@@ -13,11 +13,15 @@
 //!         shim  -> Finish        fds: [the host's tree, if there are createContainer hooks]
 //!         init  -> Ready         fds: [terminal master]
 //!         shim  -> Go
+//!        [init  -> Listener      fds: the seccomp filter's listener
+//!         shim  -> Listening]
 //!         EOF: the workload's execve succeeded      or  init -> Failed, then exit 127
 //! exec    shim  -> Exec          fds: memfd(ExecSetup) pidfd(CT's init) [cgroup directory or
 //!                                     v1 `tasks` files…] [stdin stdout stderr unless a terminal]
 //!         init  -> Spawned       fds: pidfd of the new process
 //!         init  -> Ready         fds: [terminal master]
+//!        [init  -> Listener      fds: the seccomp filter's listener
+//!         shim  -> Listening]
 //!         EOF: execve succeeded                     or  init -> Failed, then exit 127
 //! holder  shim  -> Holder        fds: memfd(HolderSetup) [cgroup directory or v1 `tasks` files…]
 //!                                     [namespaces to join…]
@@ -61,6 +65,8 @@ pub enum Request {
     Finish,
     /// Execute the workload.
     Go,
+    /// The agent has the listener: what the filter leaves to it will be answered.
+    Listening,
     /// Start one more process in a running CT. `cgroup_files` descriptors follow the pidfd:
     /// see [`ExecCgroup`].
     Exec { cgroup: ExecCgroup, cgroup_files: usize, stdio: bool },
@@ -93,6 +99,8 @@ pub enum Reply {
     Spawned {
         pid: i32,
     },
+    /// The filter is in force; the agent's answers come through its listener.
+    Listener,
     /// The one sentence that the user reads, in the words runc uses where runc has words for it.
     Failed {
         message: String,

@@ -738,8 +738,9 @@ pub fn scope_abstract_sockets() -> io::Result<()> {
     .map(drop)
 }
 
-/// Loads a seccomp filter: `program` is an array of `struct sock_filter`.
-pub fn load_seccomp(flags: u32, program: &[u8]) -> io::Result<()> {
+/// Loads a seccomp filter: `program` is an array of `struct sock_filter`. Answers the listener if
+/// `flags` ask for one.
+pub fn load_seccomp(flags: u32, program: &[u8]) -> io::Result<Option<OwnedFd>> {
     let mut filter: Vec<libc::sock_filter> = program
         .chunks_exact(8)
         .map(|i| libc::sock_filter {
@@ -755,10 +756,13 @@ pub fn load_seccomp(flags: u32, program: &[u8]) -> io::Result<()> {
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
     let program = libc::sock_fprog { len: length, filter: filter.as_mut_ptr() };
     // SAFETY: the kernel reads `len` instructions, which `filter` holds.
-    check_long(unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &program)
-    })
-    .map(drop)
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &program) };
+    match c_ulong::from(flags) & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER {
+        0 => check_long(result).map(|_| None),
+        // The kernel sets close-on-exec.
+        _ => own_long(check_long(result)?).map(Some),
+    }
 }
 
 /// Default action for every signal and an empty mask.

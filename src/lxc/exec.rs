@@ -32,14 +32,16 @@ pub struct Entry {
     pub stdio: Option<[OwnedFd; 3]>,
 }
 
-/// The new process. It may not have executed its program yet: see [`Spawned::executed`].
+/// The new process. It may not have executed its program yet: see [`Session::executed`]. Whatever
+/// becomes of it, it has to be reaped.
 #[derive(Debug)]
 pub struct Spawned {
     /// In the host's pid namespace.
     pub pid: i32,
     /// It is a child of this process.
     pub pidfd: OwnedFd,
-    session: Session,
+    /// With which it can be told to go on.
+    pub session: Session,
 }
 
 /// Runs `binary` (an open file on a mount that the CT can't write to) in exec mode.
@@ -111,40 +113,6 @@ pub(crate) async fn through_helper(
         Err(error) => {
             let _ = helper.kill().await;
             Err(error.into())
-        }
-    }
-}
-
-impl Spawned {
-    /// Its pid, its pidfd and the conversation with it.
-    #[must_use]
-    pub(crate) fn into_parts(self) -> (i32, OwnedFd, Session) {
-        (self.pid, self.pidfd, self.session)
-    }
-
-    /// The terminal's master, if the process asked for one.
-    ///
-    /// # Errors
-    /// [`init::Error::Refused`] with the sentence for the user.
-    pub async fn ready(&self) -> Result<Option<OwnedFd>, init::Error> {
-        self.session.ready().await
-    }
-
-    /// Gives up on it: the caller still has to reap it.
-    #[must_use]
-    pub fn into_pidfd(self) -> OwnedFd {
-        self.pidfd
-    }
-
-    /// Returns the process once it has executed its program.
-    ///
-    /// # Errors
-    /// [`init::Error::Refused`] with the sentence for the user; the process still has to be reaped
-    /// by the caller, through the descriptor that comes with the error.
-    pub async fn executed(self) -> Result<(i32, OwnedFd), (init::Error, OwnedFd)> {
-        match self.session.executed().await {
-            Ok(()) => Ok((self.pid, self.pidfd)),
-            Err(error) => Err((error, self.pidfd)),
         }
     }
 }

@@ -170,13 +170,37 @@ impl Session {
         self.ready().await
     }
 
-    /// Lets PID 1 execute the workload; returns when it has.
+    /// Lets PID 1 execute the workload; see [`Self::executed`].
     ///
     /// # Errors
-    /// [`Error::Refused`] with the reason why it could not be executed.
-    pub async fn go(self) -> Result<(), Error> {
-        self.send(&Request::Go, Vec::new()).await?;
-        self.executed().await
+    /// [`Error::Refused`] if it had already given up.
+    pub async fn go(&self) -> Result<(), Error> {
+        self.send(&Request::Go, Vec::new()).await
+    }
+
+    /// The listener of the process's seccomp filter, if the filter has one. The process waits until
+    /// it is told that it may go on: see [`Self::listening`].
+    ///
+    /// # Errors
+    /// [`Error::Ended`] if the filter forbids to send it.
+    pub async fn listener(&self) -> Result<OwnedFd, Error> {
+        const EXPECTED: &str =
+            "it sent the seccomp listener; the profile must allow sendmsg and recvmsg";
+        match self.receive(EXPECTED).await? {
+            (Reply::Listener, mut fds) => fds.pop().ok_or(Error::Unexpected {
+                got: "no descriptor".to_owned(),
+                expected: "the seccomp listener",
+            }),
+            (other, _) => Err(unexpected(&other, "the seccomp listener")),
+        }
+    }
+
+    /// The agent has the listener.
+    ///
+    /// # Errors
+    /// [`Error::Socket`].
+    pub async fn listening(&self) -> Result<(), Error> {
+        self.send(&Request::Listening, Vec::new()).await
     }
 
     /// The end of the stream: `execve` closed the socket.
@@ -223,7 +247,7 @@ impl Session {
             })
             .await;
         match sent {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             // Its last words are still in the queue.
             Err(source) if source.kind() == io::ErrorKind::BrokenPipe => {
                 match self.receive("it took its instructions").await {

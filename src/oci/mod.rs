@@ -5,8 +5,8 @@
 //! field. `fields` holds the verdict of every field in one table; it is checked before any
 //! translation, so nothing that a bundle asks for can get lost on the way.
 //!
-//! The only I/O is [`load`], which reads `config.json`, [`Host::probe`], and a memfd for the
-//! compiler of seccomp filters.
+//! The only I/O is [`load`], which reads `config.json`, [`Host::probe`], and what the compiler of
+//! seccomp filters needs: a memfd, and the programs that [`load`] keeps.
 //!
 //! Reference for behaviour that the specification leaves open is runc, because containerd's clients
 //! are written against it.
@@ -40,6 +40,7 @@ pub use fields::{FIELDS, Field, Place, SetField, Verdict};
 pub use host::{Cgroups, Host};
 pub use process::Exec;
 pub use resources::update;
+pub use seccomp::Programs;
 
 use document::Document;
 use plan::Plan;
@@ -48,13 +49,14 @@ use plan::Plan;
 /// write.
 pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Reads `<bundle>/config.json` and translates it for this host.
+/// Reads `<bundle>/config.json` and translates it for this host. `programs` spares compiling a known
+/// seccomp profile again.
 ///
 /// # Errors
 /// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan()`].
-pub fn load(bundle: &Path) -> Result<Plan, Error> {
+pub fn load(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
     let json = read(bundle)?;
-    plan(&json, bundle, &probe()?)
+    translate(&json, bundle, &probe()?, programs)
 }
 
 fn read(bundle: &Path) -> Result<Vec<u8>, Error> {
@@ -103,12 +105,21 @@ pub fn explain(bundle: &Path) -> Result<Explanation, Error> {
 /// Names the field by its JSON path: [`Error::Unsupported`] with what to do instead, or
 /// [`Error::Invalid`]. All are the fault of the specification, not of the node.
 pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error> {
+    translate(spec_json, bundle, host, &Programs::default())
+}
+
+fn translate(
+    spec_json: &[u8],
+    bundle: &Path,
+    host: &Host,
+    programs: &Programs,
+) -> Result<Plan, Error> {
     let spec = Document::parse(spec_json)?;
     let mut warnings = fields::check(&spec)?;
 
     let mut namespaces = namespaces::read(&spec, host)?;
-    let seccomp = seccomp::read(&spec, &mut warnings)?;
-    let process = process::container(&spec, host, seccomp, &mut warnings)?;
+    let filter = seccomp::read(&spec, programs, &mut warnings)?;
+    let process = process::container(&spec, host, filter.seccomp, &mut warnings)?;
     let root_propagation = mounts::root_propagation(&spec)?;
     let mounts = mounts::read(&spec, bundle, host, root_propagation, &mut warnings)?;
     let devices = devices::read(&spec, mounts::dev_is_bind(&mounts), host)?;
@@ -131,6 +142,7 @@ pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error>
         resources: resources::read(&spec, host, &mut warnings)?,
         device_rules: devices.rules,
         cgroups_path: cgroup::path(&spec)?,
+        seccomp_agent: filter.agent,
         hooks: hooks::read(&spec)?,
         image: annotations::image(&spec)?,
         annotations: annotations::read(&spec)?,

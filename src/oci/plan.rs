@@ -37,6 +37,8 @@ pub struct Plan {
     pub device_rules: Vec<DeviceRule>,
     /// OCI `cgroupsPath` in its cgroupfs form, without the leading slash.
     pub cgroups_path: Option<String>,
+    /// Who answers for system calls that the process's filter does not decide.
+    pub seccomp_agent: Option<SeccompAgent>,
     pub hooks: Hooks,
     /// Verbatim: hooks read them in the state JSON.
     pub annotations: BTreeMap<String, String>,
@@ -106,6 +108,15 @@ pub struct MountAttributes {
     /// For the recursive forms (`rro`, `rnosuid`, …).
     pub recursive_set: u64,
     pub recursive_clear: u64,
+}
+
+/// Receives the listener of each process's seccomp filter (OCI `listenerPath`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeccompAgent {
+    /// Its socket on the host.
+    pub socket: PathBuf,
+    /// Told to it verbatim.
+    pub metadata: String,
 }
 
 /// Limits. `None` leaves the kernel's default; OCI's `-1` (no limit) is [`Limit::Max`].

@@ -3,8 +3,11 @@
 //! libseccomp compiles; nothing is loaded here. The rules for what a profile means where the
 //! specification is silent are runc's, because profiles are written for it.
 
+mod programs;
+
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::path::Path;
 
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -17,28 +20,61 @@ use oci_spec::runtime::{
 };
 use proxmox_shim_init::protocol::Seccomp;
 
+pub use programs::Programs;
+
 use super::Error;
 use super::document::{Document, Item};
+use super::plan::SeccompAgent;
 
 const FIELD: &str = "linux.seccomp";
 /// From this number of rules on, libseccomp's binary tree makes shorter paths through the program.
 const MANY_RULES: usize = 32;
 
-pub(super) fn read(spec: &Document, warnings: &mut Vec<String>) -> Result<Option<Seccomp>, Error> {
-    if spec.get(FIELD).is_none() {
-        return Ok(None);
-    }
+/// `BPF_MAXINSNS`; the kernel counts them in 16 bits.
+const MAX_INSTRUCTIONS: usize = 4096;
+/// System calls that init makes between the load of a filter with a listener and the moment when
+/// the agent has the listener: nobody would answer for them.
+const BEFORE_THE_AGENT: [&str; 2] = ["sendmsg", "recvmsg"];
+
+/// What init loads, and who answers for what the filter leaves to an agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Filter {
+    pub seccomp: Option<Seccomp>,
+    pub agent: Option<SeccompAgent>,
+}
+
+pub(super) fn read(
+    spec: &Document,
+    programs: &Programs,
+    warnings: &mut Vec<String>,
+) -> Result<Filter, Error> {
+    let Some(profile) = spec.get(FIELD) else { return Ok(Filter::default()) };
     let syscalls = spec.list::<LinuxSyscall>("linux.seccomp.syscalls")?;
     let Some(default) = spec.read::<Action>("linux.seccomp.defaultAction")? else {
         // Nothing at all means no filter; rules without a default are a mistake.
         return match syscalls.is_empty() {
-            true => Ok(None),
+            true => Ok(Filter::default()),
             false => Err(Error::invalid("linux.seccomp.defaultAction", "is missing")),
         };
     };
     let default = action("linux.seccomp", default, spec.read("linux.seccomp.defaultErrnoRet")?)?;
-    let flags = flags(spec, warnings)?;
+    if default == ScmpAction::Notify {
+        return Err(Error::invalid(
+            "linux.seccomp.defaultAction",
+            "is SCMP_ACT_NOTIFY, which only a rule can have: nothing could run before its agent does",
+        ));
+    }
+    let agent = agent(spec, &syscalls)?;
+    let flags = flags(spec, agent.is_some(), warnings)?;
+    let program = programs.get(profile, || compile(spec, &syscalls, default))?;
+    Ok(Filter { seccomp: Some(Seccomp { flags, program }), agent })
+}
 
+fn compile(
+    spec: &Document,
+    syscalls: &[Item<LinuxSyscall>],
+    default: ScmpAction,
+) -> Result<Vec<u8>, Error> {
     let mut filter = ScmpFilterContext::new(default).map_err(failed(FIELD))?;
     let mut architectures = vec![ScmpArch::native()];
     for item in spec.list::<Arch>("linux.seccomp.architectures")? {
@@ -52,19 +88,52 @@ pub(super) fn read(spec: &Document, warnings: &mut Vec<String>) -> Result<Option
     if rules > MANY_RULES {
         filter.set_ctl_optimize(2).map_err(failed(FIELD))?;
     }
-    for item in &syscalls {
+    for item in syscalls {
         add_rules(&mut filter, item, default)?;
     }
 
     let program = export(&filter)?;
     let program = match may_reach_enosys(default) {
-        true => enosys::prepend(program, &architectures, &syscalls),
+        true => enosys::prepend(program, &architectures, syscalls),
         false => program,
     };
-    // The kernel counts instructions in 16 bits and allows BPF_MAXINSNS of them.
-    match program.len() / enosys::INSTRUCTION > 4096 {
+    match program.len() / enosys::INSTRUCTION > MAX_INSTRUCTIONS {
         true => Err(Error::invalid(FIELD, "is longer than the kernel's 4096 instructions")),
-        false => Ok(Some(Seccomp { flags, program })),
+        false => Ok(program),
+    }
+}
+
+/// Who gets the listener; `None` if no rule asks for one.
+fn agent(spec: &Document, syscalls: &[Item<LinuxSyscall>]) -> Result<Option<SeccompAgent>, Error> {
+    const PATH: &str = "linux.seccomp.listenerPath";
+    const METADATA: &str = "linux.seccomp.listenerMetadata";
+    let socket = spec.string(PATH)?;
+    let metadata = spec.string(METADATA)?;
+    if socket.is_none() && metadata.is_some() {
+        return Err(Error::invalid(METADATA, "needs a listenerPath"));
+    }
+    let mut asked = false;
+    for item in syscalls.iter().filter(|item| item.value.action() == Action::ScmpActNotify) {
+        asked = true;
+        if let Some(name) =
+            item.value.names().iter().find(|name| BEFORE_THE_AGENT.contains(&name.as_str()))
+        {
+            return Err(Error::unsupported(
+                format!("{}: SCMP_ACT_NOTIFY for {name}", item.field),
+                "the container's agent is reached by this system call; give it another action",
+            ));
+        }
+    }
+    match socket {
+        // A profile that leaves nothing to the agent has no listener.
+        _ if !asked => Ok(None),
+        None => Err(Error::invalid(PATH, "is missing, and SCMP_ACT_NOTIFY needs it")),
+        Some(socket) if !Path::new(&socket).is_absolute() => {
+            Err(Error::invalid(PATH, "must be absolute"))
+        }
+        Some(socket) => {
+            Ok(Some(SeccompAgent { socket: socket.into(), metadata: metadata.unwrap_or_default() }))
+        }
     }
 }
 
@@ -84,14 +153,18 @@ fn export(filter: &ScmpFilterContext) -> Result<Vec<u8>, Error> {
     Ok(program)
 }
 
-fn flags(spec: &Document, warnings: &mut Vec<String>) -> Result<u32, Error> {
+fn flags(spec: &Document, listener: bool, warnings: &mut Vec<String>) -> Result<u32, Error> {
     const FLAGS: &str = "linux.seccomp.flags";
+    let new_listener = match listener {
+        true => libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32,
+        false => 0,
+    };
     // Missing is not empty: runc's default, because the mitigation it switches off is slow and
     // not needed on today's kernels.
     if spec.get(FLAGS).is_none() {
-        return Ok(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32);
+        return Ok(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32 | new_listener);
     }
-    let mut flags = 0;
+    let mut flags = new_listener;
     for item in spec.list::<Flag>(FLAGS)? {
         match item.value {
             Flag::SeccompFilterFlagLog => flags |= libc::SECCOMP_FILTER_FLAG_LOG as u32,
@@ -102,10 +175,13 @@ fn flags(spec: &Document, warnings: &mut Vec<String>) -> Result<u32, Error> {
                 "{} SECCOMP_FILTER_FLAG_TSYNC has no effect: the process has one thread",
                 item.field
             )),
+            Flag::SeccompFilterFlagWaitKillableRecv if listener => {
+                flags |= libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32;
+            }
             Flag::SeccompFilterFlagWaitKillableRecv => {
-                return Err(Error::unsupported(
+                return Err(Error::invalid(
                     item.field,
-                    "seccomp notification is not available yet",
+                    "is SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, which needs a rule with SCMP_ACT_NOTIFY",
                 ));
             }
         }
@@ -126,12 +202,7 @@ fn action(field: &str, action: Action, errno: Option<u32>) -> Result<ScmpAction,
         Action::ScmpActTrace => ScmpAction::Trace(errno),
         Action::ScmpActLog => ScmpAction::Log,
         Action::ScmpActAllow => ScmpAction::Allow,
-        Action::ScmpActNotify => {
-            return Err(Error::unsupported(
-                format!("{field}: SCMP_ACT_NOTIFY"),
-                "seccomp notification is not available yet",
-            ));
-        }
+        Action::ScmpActNotify => ScmpAction::Notify,
     })
 }
 

@@ -213,6 +213,7 @@ fn the_host_s_own_namespace_by_path_is_the_host_s() {
 #[test]
 fn load_reads_the_bundle_and_names_the_file() {
     let bundle = tempfile::tempdir().unwrap();
+    let load = |bundle: &Path| load(bundle, &Programs::default());
     let error = load(bundle.path()).unwrap_err();
     assert!(matches!(error, Error::Read { ref path, .. } if path.ends_with("config.json")));
     std::fs::write(bundle.path().join("config.json"), MINIMAL).unwrap();

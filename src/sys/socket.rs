@@ -90,22 +90,22 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Sends one datagram with descriptors.
+/// Sends one datagram with descriptors. Over a stream less than all of it may be sent: the answer
+/// is how much.
 ///
 /// # Errors
 /// `EAGAIN` if the peer's queue is full; `EPIPE` if it is gone.
-pub fn send(socket: BorrowedFd<'_>, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub fn send(socket: BorrowedFd<'_>, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
-    sendmsg::<UnixAddr>(
+    Ok(sendmsg::<UnixAddr>(
         socket.as_raw_fd(),
         &[IoSlice::new(data)],
         control,
         MsgFlags::MSG_NOSIGNAL,
         None,
-    )?;
-    Ok(())
+    )?)
 }
 
 /// Receives one datagram into `buffer`: its length (0 is the end of the stream) and at most four

@@ -32,7 +32,7 @@ use crate::task::phase::Phase;
 use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
-use crate::task::{Environment, hooks, teardown};
+use crate::task::{Environment, hooks, seccomp_agent, teardown};
 
 /// How many calls may queue for one container; more wait for their turn.
 pub(super) const INBOX: usize = 64;
@@ -304,6 +304,7 @@ impl Actor {
         self.job(async move {
             let result = async {
                 session.go().await?;
+                execute(session, &ct, ct.pid, "created").await?;
                 hooks::run("poststart", &ct.plan.hooks.poststart, &ct.state("running")).await?;
                 Ok(())
             }
@@ -895,26 +896,35 @@ async fn run_exec(
     };
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
     let entry = exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
-    let spawned = exec::spawn(&env.init, &setup, entry).await?;
-    let executed = match spawned.ready().await {
-        Ok(master) => match master.map_or(Ok(()), |master| stdio.attach_terminal(master)) {
-            Ok(()) => spawned.executed().await.map_err(|(error, pidfd)| (error.into(), pidfd)),
-            Err(error) => Err((error.into(), spawned.into_pidfd())),
-        },
-        Err(error) => Err((error.into(), spawned.into_pidfd())),
-    };
-    let watch =
-        |pidfd| sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source });
-    match executed {
-        Ok((pid, pidfd)) => {
-            Ok(StartedExec { pid: pid.unsigned_abs(), pidfd: Arc::new(watch(pidfd)?), stdio })
+    let exec::Spawned { pid, pidfd, session } = exec::spawn(&env.init, &setup, entry).await?;
+    let executed = async {
+        if let Some(master) = session.ready().await? {
+            stdio.attach_terminal(master)?;
         }
-        Err((error, pidfd)) => {
+        execute(session, ct, pid, "running").await
+    }
+    .await;
+    let pidfd = sys::watch(pidfd).map_err(|source| Error::Io { action: "watch the exec", source });
+    let pidfd = Arc::new(pidfd?);
+    match executed {
+        Ok(()) => Ok(StartedExec { pid: pid.unsigned_abs(), pidfd, stdio }),
+        Err(error) => {
             // It ends by itself.
-            let _ = tokio::time::timeout(DRAIN_TIMEOUT, reap(Arc::new(watch(pidfd)?))).await;
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT, reap(pidfd)).await;
             Err(error)
         }
     }
+}
+
+/// The end of a start: a process (`pid` on the host) that is ready executes its program. `status` is
+/// the container's, for the agent of its seccomp filter.
+async fn execute(session: init::Session, ct: &RunningCt, pid: i32, status: &str) -> Result<()> {
+    if let Some(agent) = &ct.plan.seccomp_agent {
+        let listener = session.listener().await?;
+        seccomp_agent::introduce(agent, listener, pid, ct.state(status)).await?;
+        session.listening().await?;
+    }
+    Ok(session.executed().await?)
 }
 
 /// Proxmox first: it may refuse, and its own live change of the cgroup must not come last.

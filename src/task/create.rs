@@ -134,7 +134,9 @@ impl Building {
     async fn build(&mut self) -> Result<Created> {
         let request = self.request.clone();
         let bundle = request.bundle.clone();
-        let mut plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
+        // No namespace of containerd has a name that begins like this.
+        let programs = oci::Programs::at(request.config.paths.run_dir.join(".seccomp"));
+        let mut plan = blocking(move || Ok(oci::load(&bundle, &programs)?)).await?;
         let exposed = lxc::command_socket::guard(
             &mut plan,
             request.config.ct.abstract_sockets,

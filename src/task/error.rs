@@ -85,6 +85,9 @@ pub enum Error {
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] crate::task::hooks::Error),
+    /// The agent for the process's seccomp filter could not be introduced.
+    #[error(transparent)]
+    SeccompAgent(#[from] crate::task::seccomp_agent::Error),
     /// The CT was started, but its init did not report.
     #[error(
         "CT {vmid}: init did not connect within {seconds} s; see {log} on the node, or raise \
@@ -134,6 +137,7 @@ impl Error {
             | Self::Detached(_)
             | Self::Stdio(_)
             | Self::Hook(_)
+            | Self::SeccompAgent(_)
             | Self::Id(_)
             | Self::Io { .. } => Code::UNKNOWN,
             Self::Both { first, .. } => first.code(),

@@ -21,6 +21,7 @@ pub mod error;
 pub mod hooks;
 pub mod phase;
 pub mod registry;
+pub mod seccomp_agent;
 pub mod service;
 pub mod stdio;
 pub mod teardown;

@@ -15,8 +15,8 @@ fn errno(number: i32) -> u32 {
 fn compile(seccomp: &str) -> Result<(Option<Seccomp>, Vec<String>), String> {
     let json = format!(r#"{{"linux":{{"seccomp":{seccomp}}}}}"#);
     let mut warnings = Vec::new();
-    read(&Document::parse(json.as_bytes()).unwrap(), &mut warnings)
-        .map(|seccomp| (seccomp, warnings))
+    read(&Document::parse(json.as_bytes()).unwrap(), &Programs::default(), &mut warnings)
+        .map(|filter| (filter.seccomp, warnings))
         .map_err(|error| error.to_string())
 }
 
@@ -89,11 +89,47 @@ fn all_actions() {
         assert_eq!(native(&program, "chroot", &[]), expected, "{action}");
         assert_eq!(native(&program, "read", &[]), ALLOW, "{action}");
     }
-    let error = compile(
-        r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["a"],"action":"SCMP_ACT_NOTIFY"}]}"#,
-    )
-    .unwrap_err();
-    assert!(error.starts_with("linux.seccomp.syscalls[0]: SCMP_ACT_NOTIFY is not supported"));
+}
+
+#[test]
+fn an_agent_is_asked_where_a_rule_says_so() {
+    let read_agent = |more: &str, call: &str| {
+        let json = format!(
+            r#"{{"linux":{{"seccomp":{{"defaultAction":"SCMP_ACT_ALLOW",
+                "syscalls":[{{"names":["chroot","{call}"],"action":"SCMP_ACT_NOTIFY"}}]{more}}}}}}}"#
+        );
+        read(&Document::parse(json.as_bytes()).unwrap(), &Programs::default(), &mut Vec::new())
+            .map_err(|error| error.to_string())
+    };
+    let path = r#","listenerPath":"/run/agent""#;
+    let filter = read_agent(&format!(r#"{path},"listenerMetadata":"m""#), "mkdir").unwrap();
+    let seccomp = filter.seccomp.unwrap();
+    assert_eq!(native(&seccomp.program, "chroot", &[]), 0x7fc0_0000);
+    assert_eq!(seccomp.flags, 4 | 8);
+    assert_eq!(
+        filter.agent,
+        Some(SeccompAgent { socket: "/run/agent".into(), metadata: "m".to_owned() })
+    );
+    let flags = r#","flags":["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]"#;
+    let filter = read_agent(&format!("{path}{flags}"), "mkdir").unwrap();
+    assert_eq!(filter.seccomp.unwrap().flags, 8 | 32);
+
+    for (more, call, expected) in [
+        ("", "mkdir", "linux.seccomp.listenerPath is missing"),
+        (r#","listenerPath":"agent""#, "mkdir", "linux.seccomp.listenerPath must be absolute"),
+        (r#","listenerMetadata":"m""#, "mkdir", "linux.seccomp.listenerMetadata needs"),
+        (path, "sendmsg", "linux.seccomp.syscalls[0]: SCMP_ACT_NOTIFY for sendmsg is not"),
+    ] {
+        let error = read_agent(more, call).unwrap_err();
+        assert!(error.starts_with(expected), "{more}: {error}");
+    }
+    let default = compile(r#"{"defaultAction":"SCMP_ACT_NOTIFY","listenerPath":"/a"}"#);
+    assert!(default.unwrap_err().starts_with("linux.seccomp.defaultAction is SCMP_ACT_NOTIFY"));
+    let flag = compile(
+        r#"{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/a",
+            "flags":["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}"#,
+    );
+    assert!(flag.unwrap_err().contains("needs a rule with SCMP_ACT_NOTIFY"));
 }
 
 #[test]

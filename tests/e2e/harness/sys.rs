@@ -50,6 +50,53 @@ pub fn pipe() -> (OwnedFd, OwnedFd) {
     }
 }
 
+/// Accepts one connection of a stream socket and reads the first message: its bytes and the
+/// descriptor that came with it.
+pub fn receive_with_descriptor(
+    listener: &std::os::unix::net::UnixListener,
+) -> (Vec<u8>, Option<OwnedFd>) {
+    let (stream, _) = listener.accept().expect("accept");
+    let mut data = vec![0u8; 1 << 16];
+    let mut control = [0u64; 8];
+    let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    // SAFETY: an all-zero msghdr is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: everything `message` points to is alive and as long as it says.
+    let length = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+    data.truncate(usize::try_from(length).expect("recvmsg"));
+    // SAFETY: the kernel has set msg_controllen to what it wrote; the descriptor is new and ours.
+    let descriptor = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (!header.is_null())
+            .then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()))
+    };
+    (data, descriptor)
+}
+
+/// Answers the next notification of a seccomp listener with an error number: the number of the system
+/// call. `None` when no process is left that could be notified of.
+pub fn answer_notification(listener: &OwnedFd, errno: i32) -> Option<i32> {
+    // _IOWR('!', 0, struct seccomp_notif) and _IOWR('!', 1, struct seccomp_notif_resp).
+    const RECEIVE: libc::c_ulong = 0xc050_2100;
+    const SEND: libc::c_ulong = 0xc018_2101;
+    // struct seccomp_notif: id, pid and flags, then struct seccomp_data, which begins with the
+    // number of the system call.
+    let mut notification = [0u64; 10];
+    // SAFETY: the request's number says 80 bytes.
+    if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, notification.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // struct seccomp_notif_resp: id, val, error and flags.
+    let answer = [notification[0], 0, u64::from((-errno) as u32)];
+    // SAFETY: the request's number says 24 bytes.
+    unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_ptr()) };
+    Some(notification[2] as i32)
+}
+
 /// A FIFO at `path`.
 pub fn mkfifo(path: &Path) {
     let c = CString::new(path.to_str().expect("path is UTF-8")).expect("path has no NUL");

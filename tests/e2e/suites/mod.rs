@@ -20,6 +20,7 @@ mod process;
 mod proxmox;
 mod restart;
 mod run;
+mod seccomp;
 mod secrets;
 mod signals;
 mod stdio;
@@ -95,6 +96,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         oci::cases,
         process::cases,
+        seccomp::cases,
         hooks::cases,
         explain::cases,
         events::cases,

@@ -9,7 +9,8 @@ use crate::mounts::{self, Mounter};
 use crate::oci_hooks;
 use crate::process;
 use crate::protocol::{
-    CT_DIR, ContainerSetup, Device, EXIT_NOT_EXECUTED, Reply, Request, SOCKET_NAME, VERSION,
+    CT_DIR, ContainerSetup, Device, EXIT_NOT_EXECUTED, Reply, Request, SOCKET_NAME, TimeNamespace,
+    VERSION,
 };
 use crate::rootfs::{Kind, Root};
 use crate::socket::{Channel, read_setup};
@@ -58,7 +59,8 @@ fn become_workload(channel: &Channel) -> Error {
 /// Everything up to [`Reply::Ready`].
 fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
     channel.send(&Reply::Hello { version: VERSION }, &[])?;
-    let (setup, stdio) = receive_setup(channel)?;
+    let Received { setup, time_namespace, stdio } = receive_setup(channel)?;
+    enter_time_namespace(&setup.time_namespace, time_namespace)?;
     // Modes below are exact.
     sys::umask(0);
     remove_traces()?;
@@ -124,18 +126,53 @@ fn hooks_of_creation(channel: &Channel, setup: &ContainerSetup) -> Result<()> {
     }
 }
 
-fn receive_setup(channel: &Channel) -> Result<(ContainerSetup, Vec<OwnedFd>)> {
+/// [`Request::Container`] with its descriptors.
+struct Received {
+    setup: ContainerSetup,
+    time_namespace: Option<OwnedFd>,
+    stdio: Vec<OwnedFd>,
+}
+
+fn receive_setup(channel: &Channel) -> Result<Received> {
     let (request, fds) = channel.receive()?;
     let Request::Container { stdio } = request else {
         return Err(Error::Protocol("expected Container"));
     };
     let mut fds = fds.into_iter();
-    let setup = read_setup(fds.next().ok_or(Error::Protocol("the setup is missing"))?)?;
+    let setup: ContainerSetup =
+        read_setup(fds.next().ok_or(Error::Protocol("the setup is missing"))?)?;
+    let time_namespace = match setup.time_namespace {
+        TimeNamespace::Join => {
+            Some(fds.next().ok_or(Error::Protocol("the time namespace is missing"))?)
+        }
+        TimeNamespace::Host | TimeNamespace::New { .. } => None,
+    };
     let stdio_fds: Vec<OwnedFd> = fds.collect();
     if stdio_fds.len() != if stdio { 3 } else { 0 } {
         return Err(Error::Protocol("expected three stdio descriptors"));
     }
-    Ok((setup, stdio_fds))
+    Ok(Received { setup, time_namespace, stdio: stdio_fds })
+}
+
+fn enter_time_namespace(kind: &TimeNamespace, given: Option<OwnedFd>) -> Result<()> {
+    let namespace = match (kind, given) {
+        (TimeNamespace::Host, _) => return Ok(()),
+        (TimeNamespace::Join, given) => {
+            given.ok_or(Error::Protocol("the time namespace is missing"))?
+        }
+        (TimeNamespace::New { offsets }, _) => {
+            sys::new_time_namespace().attempt(|| "create a time namespace")?;
+            let proc = process::private_procfs()?;
+            if !offsets.is_empty() {
+                process::write_at(&proc, c"self/timens_offsets", offsets)
+                    .attempt(|| format!("set the clock offsets {}", quote(offsets)))?;
+            }
+            let flags = libc::O_RDONLY;
+            sys::openat(proc.as_fd(), c"self/ns/time_for_children", flags, 0)
+                .attempt(|| "open the new time namespace")?
+        }
+    };
+    sys::enter_time_namespace(namespace.as_fd()).attempt(|| "enter the time namespace")
 }
 
 /// Removes what LXC mounted for us: the scratch tmpfs on `/dev` with the socket directory and this

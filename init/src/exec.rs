@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use crate::error::{Attempt, Error, Result};
 use crate::process;
 use crate::protocol::{
-    CpuSet, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecSetup, Reply, Request,
+    BitSet, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecSetup, Reply, Request,
 };
 use crate::rootfs::Root;
 use crate::socket::{Channel, read_setup};
@@ -100,7 +100,7 @@ fn start(channel: &Channel) -> Result<()> {
     }
 }
 
-fn set_affinity(cpus: Option<&CpuSet>) -> Result<()> {
+fn set_affinity(cpus: Option<&BitSet>) -> Result<()> {
     match cpus {
         Some(cpus) => sys::set_affinity(&cpus.0).attempt(|| "error setting CPU affinity"),
         None => Ok(()),

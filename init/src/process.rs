@@ -79,6 +79,13 @@ fn apply(
     if let Some(priority) = process.io_priority {
         sys::set_io_priority(priority).attempt(|| "error setting IO priority")?;
     }
+    if let Some(policy) = &process.memory_policy {
+        sys::set_memory_policy(policy.mode, &policy.nodes.0)
+            .attempt(|| "error setting memory policy")?;
+    }
+    if let Some(personality) = process.personality {
+        sys::set_personality(personality).attempt(|| "error setting personality")?;
+    }
 
     let cwd = sys::c_string(&process.cwd).attempt(|| "working directory")?;
     let entered = sys::chdir(&cwd);

@@ -7,7 +7,8 @@
 //!
 //! ```text
 //! PID 1   init  -> Hello
-//!         shim  -> Container     fds: memfd(ContainerSetup) [stdin stdout stderr unless a terminal]
+//!         shim  -> Container     fds: memfd(ContainerSetup) [time namespace]
+//!                                     [stdin stdout stderr unless a terminal]
 //!         shim  -> Descriptors*  fds: the detached mounts, in the order of ContainerSetup::mounts
 //!         init  -> Mounted       the shim runs hooks on the host
 //!         shim  -> Finish        fds: [the host's tree, if there are createContainer hooks]
@@ -57,7 +58,7 @@ pub const EXIT_NOT_EXECUTED: i32 = 127;
 /// From the shim to init.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Set this container up. `stdio` says whether three stdio descriptors follow the memfd.
+    /// Set this container up. `stdio` says whether three stdio descriptors come last.
     Container { stdio: bool },
     /// The next detached mounts.
     Descriptors,
@@ -115,6 +116,7 @@ pub struct ContainerSetup {
     pub hostname: Option<String>,
     /// `setdomainname(2)`; only with an own uts namespace.
     pub domainname: Option<String>,
+    pub time_namespace: TimeNamespace,
     /// Bring the loopback interface up: an own, new network namespace.
     pub loopback_up: bool,
     /// In the order of the specification.
@@ -167,6 +169,18 @@ pub struct HolderSetup {
     pub gid: u32,
     pub additional_gids: Vec<u32>,
     pub oom_score_adj: Option<i32>,
+}
+
+/// LXC cannot express the offsets of a new one, nor join one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TimeNamespace {
+    /// That of the host.
+    #[default]
+    Host,
+    /// A new one; `offsets` are lines for `/proc/self/timens_offsets` (`time_namespaces(7)`).
+    New { offsets: String },
+    /// The one whose descriptor follows the memfd of [`Request::Container`].
+    Join,
 }
 
 /// A mount, after which nothing of the host's paths is needed.
@@ -265,6 +279,17 @@ pub struct Process {
     pub io_priority: Option<u16>,
     /// Not for PID 1.
     pub exec_cpu_affinity: ExecCpuAffinity,
+    pub memory_policy: Option<MemoryPolicy>,
+    /// For `personality(2)`.
+    pub personality: Option<u32>,
+}
+
+/// For `set_mempolicy(2)`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPolicy {
+    /// `MPOL_*`, with its flags.
+    pub mode: u32,
+    pub nodes: BitSet,
 }
 
 /// `struct sched_attr` of `sched_setattr(2)`.
@@ -283,13 +308,13 @@ pub struct Scheduler {
 /// Where an exec runs before and after it enters the container's cgroup; `None` changes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecCpuAffinity {
-    pub initial: Option<CpuSet>,
-    pub last: Option<CpuSet>,
+    pub initial: Option<BitSet>,
+    pub last: Option<BitSet>,
 }
 
-/// The mask of `sched_setaffinity(2)`: bit n of word m is processor 64 m + n.
+/// A set of processors or memory nodes: bit n of word m is the number 64 m + n.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuSet(pub Vec<u64>);
+pub struct BitSet(pub Vec<u64>);
 
 /// Bit masks: bit n is capability n of `capabilities(7)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

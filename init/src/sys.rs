@@ -635,6 +635,22 @@ pub fn set_affinity(mask: &[u64]) -> io::Result<()> {
     .map(drop)
 }
 
+/// `set_mempolicy(2)` of this process.
+pub fn set_memory_policy(mode: u32, nodes: &[u64]) -> io::Result<()> {
+    let pointer = if nodes.is_empty() { ptr::null() } else { nodes.as_ptr() };
+    // The kernel takes one bit less than it is told.
+    let bits = if nodes.is_empty() { 0 } else { 64 * nodes.len() + 1 };
+    // SAFETY: pointer and length belong together.
+    check_long(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode as c_int, pointer, bits) })
+        .map(drop)
+}
+
+/// `personality(2)` of this process.
+pub fn set_personality(personality: u32) -> io::Result<()> {
+    // SAFETY: a number.
+    check(unsafe { libc::personality(c_ulong::from(personality)) }).map(drop)
+}
+
 /// Joins a new, anonymous session keyring.
 pub fn new_session_keyring() -> io::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring.
@@ -847,6 +863,18 @@ pub fn fork() -> io::Result<bool> {
 pub fn lock(file: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
     // SAFETY: numbers only.
     check(unsafe { libc::flock(file.as_raw_fd(), operation) }).map(drop)
+}
+
+/// Has the children of this process begin in a new time namespace.
+pub fn new_time_namespace() -> io::Result<()> {
+    // SAFETY: a number; the time namespace of this process itself stays.
+    check(unsafe { libc::unshare(libc::CLONE_NEWTIME) }).map(drop)
+}
+
+/// Enters a time namespace.
+pub fn enter_time_namespace(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: numbers only; one thread.
+    check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWTIME) }).map(drop)
 }
 
 /// Enters the namespaces (`CLONE_NEW*`) of a process.

@@ -133,19 +133,21 @@ impl Session {
 
     /// Has the container's mounts and devices made, up to the moment for hooks.
     ///
-    /// `mounts` are the detached mounts in the order of `setup.mounts`.
+    /// `time_namespace` is the one to join, if there is one; `mounts` are the detached mounts in the order of `setup.mounts`.
     ///
     /// # Errors
     /// [`Error::Refused`] with init's own sentence if a step failed in the CT.
     pub async fn set_up(
         &self,
         setup: &ContainerSetup,
+        time_namespace: Option<OwnedFd>,
         stdio: Option<[OwnedFd; 3]>,
         mounts: Vec<OwnedFd>,
     ) -> Result<(), Error> {
         let body = memory_file(setup)?;
         let mut fds = vec![body];
         let request = Request::Container { stdio: stdio.is_some() };
+        fds.extend(time_namespace);
         fds.extend(stdio.into_iter().flatten());
         self.send(&request, fds).await?;
         let mut mounts = mounts.into_iter().peekable();

@@ -136,6 +136,7 @@ fn translate(
         devices: devices.nodes,
         links: devices.links,
         sysctls: sysctl::read(&spec, &namespaces)?,
+        time_offsets: namespaces::time_offsets(&spec, &namespaces.time)?,
         namespaces,
         masked_paths: mounts::paths(&spec, "linux.maskedPaths")?,
         readonly_paths: mounts::paths(&spec, "linux.readonlyPaths")?,

@@ -1,8 +1,9 @@
 //! `linux.namespaces`, and the names that belong to the uts namespace.
 
+use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type, LinuxTimeOffset};
 use proxmox_shim_init::protocol::MountSource;
 
 use super::document::Document;
@@ -19,6 +20,7 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Namespaces, Error> {
         ipc: Namespace::Host,
         uts: Namespace::Host,
         cgroup: Namespace::Host,
+        time: Namespace::Host,
     };
     let mut seen = Vec::new();
     for item in spec.list::<LinuxNamespace>("linux.namespaces")? {
@@ -45,9 +47,7 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Namespaces, Error> {
             Type::User => {
                 return Err(Error::unsupported(field, "user namespaces are not available yet"));
             }
-            Type::Time => {
-                return Err(Error::unsupported(field, "time namespaces are not available yet"));
-            }
+            Type::Time => (&mut namespaces.time, "time"),
         };
         *slot = match path {
             None => Namespace::New,
@@ -110,6 +110,33 @@ pub(super) fn host_name(
     }
 }
 
+/// The clocks that a time namespace has of its own, by which a new one differs from the host.
+pub(super) fn time_offsets(spec: &Document, time: &Namespace) -> Result<String, Error> {
+    const FIELD: &str = "linux.timeOffsets";
+    let offsets: BTreeMap<String, LinuxTimeOffset> = spec.read(FIELD)?.unwrap_or_default();
+    if !offsets.is_empty() && *time != Namespace::New {
+        return Err(Error::invalid(FIELD, "needs a new time namespace in linux.namespaces"));
+    }
+    let mut lines = String::new();
+    for (clock, offset) in offsets {
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(Error::invalid(
+                format!("{FIELD} {clock:?}"),
+                "is no clock of a time namespace: monotonic or boottime",
+            ));
+        }
+        let (seconds, nanoseconds) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        if nanoseconds >= 1_000_000_000 {
+            return Err(Error::invalid(
+                format!("{FIELD}.{clock}.nanosecs"),
+                "is not below a second",
+            ));
+        }
+        lines.push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
+    }
+    Ok(lines)
+}
+
 /// A mount of type `cgroup` must show the container its own cgroups. cgroup v1 without a cgroup
 /// namespace would show all of the host's, and bind mounts of the container's directories, which
 /// runc makes in this case, cannot be made inside the container: so it gets a namespace.
@@ -148,7 +175,8 @@ mod tests {
     fn absent_is_host_listed_is_new_path_is_joined() {
         let namespaces = read_json(
             r#"[{"type":"mount"},{"type":"pid"},{"type":"network","path":"/run/netns/a b"},
-                {"type":"ipc","path":""},{"type":"uts","path":"/host/ns/uts"}]"#,
+                {"type":"ipc","path":""},{"type":"uts","path":"/host/ns/uts"},
+                {"type":"time","path":"/proc/7/ns/time"}]"#,
         );
         assert_eq!(
             namespaces.unwrap(),
@@ -158,8 +186,37 @@ mod tests {
                 ipc: Namespace::New,
                 uts: Namespace::Host,
                 cgroup: Namespace::Host,
+                time: Namespace::Path("/proc/7/ns/time".into()),
             }
         );
+    }
+
+    #[test]
+    fn clock_offsets_need_a_new_time_namespace() {
+        let read = |json: &str, time: Namespace| {
+            let spec = format!(r#"{{"linux":{{"timeOffsets":{json}}}}}"#);
+            time_offsets(&Document::parse(spec.as_bytes()).unwrap(), &time)
+                .map_err(|error| error.to_string())
+        };
+        let both = r#"{"monotonic":{"secs":5},"boottime":{"secs":-7,"nanosecs":999999999}}"#;
+        assert_eq!(
+            read(both, Namespace::New),
+            Ok("boottime -7 999999999\nmonotonic 5 0\n".to_owned())
+        );
+        assert_eq!(read("{}", Namespace::Host), Ok(String::new()));
+        for (json, time, expected) in [
+            (both, Namespace::Host, "linux.timeOffsets needs a new time namespace"),
+            (both, Namespace::Path("/x".into()), "linux.timeOffsets needs a new time namespace"),
+            (r#"{"realtime":{"secs":1}}"#, Namespace::New, "linux.timeOffsets \"realtime\" is no"),
+            (
+                r#"{"boottime":{"nanosecs":1000000000}}"#,
+                Namespace::New,
+                "linux.timeOffsets.boottime.nanosecs is not below",
+            ),
+        ] {
+            let error = read(json, time).unwrap_err();
+            assert!(error.starts_with(expected), "{json}: {error}");
+        }
     }
 
     #[test]
@@ -169,7 +226,6 @@ mod tests {
             (r#"[{"type":"mount","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
             (r#"[{"type":"cgroup","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
             (r#"[{"type":"mount"},{"type":"user"}]"#, "linux.namespaces[1] is not supported: user"),
-            (r#"[{"type":"mount"},{"type":"time"}]"#, "linux.namespaces[1] is not supported: time"),
             (r#"[{"type":"pid"},{"type":"pid"}]"#, "linux.namespaces[1] repeats the type pid"),
             (r#"[{"type":"new"}]"#, "linux.namespaces[0]: unknown variant `new`"),
             (r#"[{"type":"pid","path":"x"}]"#, "linux.namespaces[0].path must be absolute"),

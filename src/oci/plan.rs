@@ -20,6 +20,8 @@ pub struct Plan {
     pub hostname: Option<String>,
     pub domainname: Option<String>,
     pub namespaces: Namespaces,
+    /// Lines for `/proc/self/timens_offsets` of a new time namespace (time_namespaces(7)).
+    pub time_offsets: String,
     /// In the order of the specification.
     pub mounts: Vec<PlannedMount>,
     /// `MS_*` propagation flags for `/`.
@@ -68,6 +70,7 @@ pub struct Namespaces {
     pub ipc: Namespace,
     pub uts: Namespace,
     pub cgroup: Namespace,
+    pub time: Namespace,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

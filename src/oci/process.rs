@@ -32,7 +32,6 @@ pub(super) fn container(
         return Err(Error::invalid("process", "is missing"));
     }
     let user = user(spec)?;
-    personality(spec)?;
     Ok(Process {
         args: args(spec)?,
         env: env(spec)?,
@@ -52,6 +51,8 @@ pub(super) fn container(
         scheduler: scheduling::scheduler(spec)?,
         io_priority: scheduling::io_priority(spec)?,
         exec_cpu_affinity: scheduling::exec_cpu_affinity(spec)?,
+        memory_policy: scheduling::memory_policy(spec)?,
+        personality: personality(spec)?,
     })
 }
 
@@ -65,6 +66,8 @@ pub(super) fn exec(json: &[u8], container: &Process, host: &Host) -> Result<Exec
     process.seccomp = container.seccomp.clone();
     process.scope_abstract_sockets = container.scope_abstract_sockets;
     process.oom_score_adj = container.oom_score_adj;
+    process.memory_policy = container.memory_policy.clone();
+    process.personality = container.personality;
     process.umask = own_umask.or(container.umask);
     if process.apparmor_profile.is_none() {
         process.apparmor_profile = container.apparmor_profile.clone();
@@ -234,21 +237,20 @@ fn terminal(spec: &Document) -> Result<Option<WindowSize>, Error> {
     }
 }
 
-/// `LINUX` is what every process has.
-fn personality(spec: &Document) -> Result<(), Error> {
+/// `PER_*` of personality(2).
+fn personality(spec: &Document) -> Result<Option<u32>, Error> {
     const FIELD: &str = "linux.personality.domain";
     match spec.string(FIELD)?.as_deref() {
-        None | Some("LINUX") => Ok(()),
-        Some("LINUX32") => {
-            Err(Error::unsupported(FIELD, "run the container with the personality LINUX"))
-        }
+        None => Ok(None),
+        Some("LINUX") => Ok(Some(0x0)),
+        Some("LINUX32") => Ok(Some(0x8)),
         Some(_) => Err(Error::invalid(FIELD, "must be LINUX or LINUX32")),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use proxmox_shim_init::protocol::{Capabilities, CpuSet, Scheduler};
+    use proxmox_shim_init::protocol::{BitSet, Capabilities, MemoryPolicy, Scheduler};
 
     use super::super::tests::host;
     use super::*;
@@ -286,6 +288,8 @@ mod tests {
                 scheduler: None,
                 io_priority: None,
                 exec_cpu_affinity: ExecCpuAffinity::default(),
+                memory_policy: None,
+                personality: None,
             }
         );
     }
@@ -361,13 +365,13 @@ mod tests {
     }
 
     #[test]
-    fn personality_linux_is_the_only_one() {
+    fn personalities_have_the_kernel_s_numbers() {
         let read = |domain: &str| {
             let json = format!(r#"{{"linux":{{"personality":{{"domain":"{domain}"}}}}}}"#);
             personality(&Document::parse(json.as_bytes()).unwrap())
         };
-        assert!(read("LINUX").is_ok());
-        assert!(matches!(read("LINUX32"), Err(Error::Unsupported { .. })));
+        assert_eq!(read("LINUX").unwrap(), Some(0));
+        assert_eq!(read("LINUX32").unwrap(), Some(8));
         assert!(matches!(read("BSD"), Err(Error::Invalid { .. })));
     }
 
@@ -389,7 +393,9 @@ mod tests {
             rlimits: vec![Rlimit { resource: 7, soft: 1, hard: 2 }],
             scheduler: Some(Scheduler { policy: 3, ..Scheduler::default() }),
             io_priority: Some(0x4005),
-            exec_cpu_affinity: ExecCpuAffinity { initial: Some(CpuSet(vec![1])), last: None },
+            memory_policy: Some(MemoryPolicy { mode: 2, nodes: BitSet(vec![1]) }),
+            personality: Some(8),
+            exec_cpu_affinity: ExecCpuAffinity { initial: Some(BitSet(vec![1])), last: None },
             ..read_json(&minimal("")).unwrap()
         };
         let Exec { process, warnings } =
@@ -405,6 +411,8 @@ mod tests {
         assert_eq!(process.scheduler, container.scheduler);
         assert_eq!(process.io_priority, container.io_priority);
         assert_eq!(process.exec_cpu_affinity, container.exec_cpu_affinity);
+        assert_eq!(process.memory_policy, container.memory_policy);
+        assert_eq!(process.personality, container.personality);
 
         let Exec { process, .. } = exec_json(
             &minimal(
@@ -419,7 +427,7 @@ mod tests {
         assert_eq!(process.rlimits, [Rlimit { resource: 4, soft: 0, hard: 0 }]);
         assert_eq!(process.scheduler.unwrap().policy, 5);
         assert_eq!(process.io_priority, Some(0x6000));
-        let affinity = ExecCpuAffinity { initial: None, last: Some(CpuSet(vec![2])) };
+        let affinity = ExecCpuAffinity { initial: None, last: Some(BitSet(vec![2])) };
         assert_eq!(process.exec_cpu_affinity, affinity);
         assert_eq!(process.apparmor_profile.as_deref(), Some("unconfined"));
         assert_eq!(process.terminal, Some(WindowSize::default()));

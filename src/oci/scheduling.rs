@@ -1,8 +1,9 @@
-//! `process.scheduler`, `process.ioPriority` and `process.execCPUAffinity`.
+//! When and where a process runs: `process.scheduler`, `process.ioPriority`,
+//! `process.execCPUAffinity` and `linux.memoryPolicy`.
 //!
 //! Read name by name: the OCI crate misspells two of the scheduler's flags.
 
-use proxmox_shim_init::protocol::{CpuSet, ExecCpuAffinity, Scheduler};
+use proxmox_shim_init::protocol::{BitSet, ExecCpuAffinity, MemoryPolicy, Scheduler};
 
 use super::Error;
 use super::document::Document;
@@ -36,8 +37,26 @@ const IO_CLASSES: [(&str, u16); 3] =
     [("IOPRIO_CLASS_RT", 1), ("IOPRIO_CLASS_BE", 2), ("IOPRIO_CLASS_IDLE", 3)];
 const IO_CLASS_SHIFT: u16 = 13;
 
+/// `MPOL_*` of set_mempolicy(2).
+const MEMORY_MODES: [(&str, u32); 7] = [
+    ("MPOL_DEFAULT", 0),
+    ("MPOL_PREFERRED", 1),
+    ("MPOL_BIND", 2),
+    ("MPOL_INTERLEAVE", 3),
+    ("MPOL_LOCAL", 4),
+    ("MPOL_PREFERRED_MANY", 5),
+    ("MPOL_WEIGHTED_INTERLEAVE", 6),
+];
+const MEMORY_FLAGS: [(&str, u32); 3] = [
+    ("MPOL_F_STATIC_NODES", 1 << 15),
+    ("MPOL_F_RELATIVE_NODES", 1 << 14),
+    ("MPOL_F_NUMA_BALANCING", 1 << 13),
+];
+
 /// The kernel's largest `NR_CPUS`.
 const MAX_CPUS: u32 = 8192;
+/// The kernel's largest `MAX_NUMNODES`.
+const MAX_NODES: u32 = 1024;
 
 pub(super) fn scheduler(spec: &Document) -> Result<Option<Scheduler>, Error> {
     if spec.get("process.scheduler").is_none() {
@@ -112,9 +131,26 @@ pub(super) fn io_priority(spec: &Document) -> Result<Option<u16>, Error> {
 pub(super) fn exec_cpu_affinity(spec: &Document) -> Result<ExecCpuAffinity, Error> {
     let read = |name: &str| {
         let field = format!("process.execCPUAffinity.{name}");
-        spec.string(&field)?.map(|list| cpu_set(&field, &list)).transpose()
+        spec.string(&field)?.map(|list| set(&field, &list, MAX_CPUS)).transpose()
     };
     Ok(ExecCpuAffinity { initial: read("initial")?, last: read("final")? })
+}
+
+pub(super) fn memory_policy(spec: &Document) -> Result<Option<MemoryPolicy>, Error> {
+    if spec.get("linux.memoryPolicy").is_none() {
+        return Ok(None);
+    }
+    const MODE: &str = "linux.memoryPolicy.mode";
+    const NODES: &str = "linux.memoryPolicy.nodes";
+    let mut mode = match spec.string(MODE)? {
+        None => return Err(Error::invalid(MODE, "is missing")),
+        Some(name) => known(&MEMORY_MODES, MODE, &name)?,
+    };
+    for item in spec.list::<String>("linux.memoryPolicy.flags")? {
+        mode |= known(&MEMORY_FLAGS, &item.field, &item.value)?;
+    }
+    let nodes = spec.string(NODES)?.map(|list| set(NODES, &list, MAX_NODES)).transpose()?;
+    Ok(Some(MemoryPolicy { mode, nodes: nodes.unwrap_or_default() }))
 }
 
 fn known<T: Copy>(table: &[(&str, T)], field: &str, name: &str) -> Result<T, Error> {
@@ -124,9 +160,10 @@ fn known<T: Copy>(table: &[(&str, T)], field: &str, name: &str) -> Result<T, Err
     }
 }
 
-fn cpu_set(field: &str, list: &str) -> Result<CpuSet, Error> {
-    let wrong = || Error::invalid(field, "is not a list of processors such as 0-3,7");
-    let mut set = CpuSet::default();
+/// A list of numbers below `limit`.
+fn set(field: &str, list: &str, limit: u32) -> Result<BitSet, Error> {
+    let wrong = || Error::invalid(field, "is not a list such as 0-3,7");
+    let mut set = BitSet::default();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let number = |text: &str| -> Result<u32, Error> {
@@ -140,13 +177,13 @@ fn cpu_set(field: &str, list: &str) -> Result<CpuSet, Error> {
         if first > last {
             return Err(wrong());
         }
-        if last >= MAX_CPUS {
-            return Err(Error::invalid(field, format!("names a processor above {}", MAX_CPUS - 1)));
+        if last >= limit {
+            return Err(Error::invalid(field, format!("has a number above {}", limit - 1)));
         }
-        for cpu in first..=last {
-            let word = (cpu / u64::BITS) as usize;
+        for number in first..=last {
+            let word = (number / u64::BITS) as usize;
             set.0.resize(set.0.len().max(word + 1), 0);
-            set.0[word] |= 1 << (cpu % u64::BITS);
+            set.0[word] |= 1 << (number % u64::BITS);
         }
     }
     Ok(set)
@@ -219,8 +256,8 @@ mod tests {
     }
 
     #[test]
-    fn processor_lists_become_masks() {
-        let set = |list| cpu_set("f", list).map(|set| set.0).map_err(|e| e.to_string());
+    fn lists_become_masks() {
+        let set = |list| set("f", list, MAX_CPUS).map(|set| set.0).map_err(|e| e.to_string());
         assert_eq!(set("0"), Ok(vec![1]));
         assert_eq!(set("0-1, 3,64"), Ok(vec![0b1011, 1]));
         for wrong in ["", ",", "1-", "-1", "2-1", "a", "+1", "0-8192", "99999999999"] {
@@ -228,6 +265,28 @@ mod tests {
         }
         let read =
             exec_cpu_affinity(&spec(r#"{"execCPUAffinity":{"initial":"1","final":""}}"#)).unwrap();
-        assert_eq!(read, ExecCpuAffinity { initial: Some(CpuSet(vec![2])), last: None });
+        assert_eq!(read, ExecCpuAffinity { initial: Some(BitSet(vec![2])), last: None });
+    }
+
+    #[test]
+    fn memory_policies_have_the_kernel_s_numbers() {
+        let read = |json: &str| {
+            let json = format!(r#"{{"linux":{{"memoryPolicy":{json}}}}}"#);
+            memory_policy(&Document::parse(json.as_bytes()).unwrap()).map_err(|e| e.to_string())
+        };
+        let bind = r#"{"mode":"MPOL_BIND","nodes":"0,2","flags":["MPOL_F_STATIC_NODES"]}"#;
+        let wanted = MemoryPolicy { mode: 2 | 1 << 15, nodes: BitSet(vec![5]) };
+        assert_eq!(read(bind), Ok(Some(wanted)));
+        assert_eq!(read(r#"{"mode":"MPOL_DEFAULT"}"#), Ok(Some(MemoryPolicy::default())));
+        for (json, expected) in [
+            (r#"{"nodes":"0"}"#, "linux.memoryPolicy.mode is missing"),
+            (r#"{"mode":"BIND"}"#, "linux.memoryPolicy.mode has the unknown value"),
+            (r#"{"mode":"MPOL_BIND","nodes":"x"}"#, "linux.memoryPolicy.nodes is not a list"),
+            (r#"{"mode":"MPOL_BIND","nodes":"1024"}"#, "linux.memoryPolicy.nodes has a number"),
+            (r#"{"mode":"MPOL_BIND","flags":["X"]}"#, "linux.memoryPolicy.flags[0] has the"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.starts_with(expected), "{json}: {error}");
+        }
     }
 }

@@ -76,7 +76,8 @@ mod tests {
             network: namespace.clone(),
             ipc: namespace.clone(),
             uts: namespace.clone(),
-            cgroup: namespace,
+            cgroup: namespace.clone(),
+            time: namespace,
         };
         read(&Document::parse(json.as_bytes()).unwrap(), &namespaces)
             .map_err(|error| error.to_string())

@@ -182,6 +182,7 @@ fn minimal_specification_with_only_a_mount_namespace() {
             ipc: Namespace::Host,
             uts: Namespace::Host,
             cgroup: Namespace::Host,
+            time: Namespace::Host,
         }
     );
     assert_eq!(plan.cgroups_path, None);

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::libc;
-use proxmox_shim_init::protocol::{ContainerHooks, ContainerSetup, Hook, MountSource, VERSION};
+use proxmox_shim_init::protocol::{
+    ContainerHooks, ContainerSetup, Hook, MountSource, TimeNamespace, VERSION,
+};
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
@@ -170,13 +172,18 @@ impl Building {
         self.save().await?;
         let (cgroup, namespaces) = {
             let (dir, resources) = (self.dir.clone(), plan.resources.clone());
+            // Init enters it only later.
+            let time = match plan.namespaces.time {
+                Namespace::Host => 0,
+                Namespace::New | Namespace::Path(_) => libc::CLONE_NEWTIME.unsigned_abs(),
+            };
             blocking(move || {
                 let cgroup = Cgroup::of_process(pid)?;
                 if let Some(memory) = cgroup.memory_dir() {
                     dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;
                 }
                 cgroup.apply(&resources, true)?;
-                Ok((cgroup, foreign_namespaces(pid)?))
+                Ok((cgroup, foreign_namespaces(pid)? | time))
             })
             .await?
         };
@@ -201,9 +208,20 @@ impl Building {
             oom: tokio::sync::Mutex::new(oom),
             plan,
         };
+        let time_namespace = match &ct.plan.namespaces.time {
+            Namespace::Path(path) => {
+                let path = path.clone();
+                let open = move || std::fs::File::open(path).map(OwnedFd::from);
+                let failed = |source| Error::Io { action: "open the time namespace", source };
+                Some(blocking(move || open().map_err(failed)).await?)
+            }
+            Namespace::Host | Namespace::New => None,
+        };
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
         let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
-        self.or_given_up(connected.session.set_up(&setup, stdio.child_fds(), mounts)).await??;
+        let session = &connected.session;
+        self.or_given_up(session.set_up(&setup, time_namespace, stdio.child_fds(), mounts))
+            .await??;
         let state = ct.state("creating");
         self.or_given_up(async {
             hooks::run("prestart", &ct.plan.hooks.prestart, &state).await?;
@@ -487,6 +505,11 @@ impl RunningCt {
             version: VERSION,
             hostname: plan.hostname.clone(),
             domainname: plan.domainname.clone(),
+            time_namespace: match &plan.namespaces.time {
+                Namespace::Host => TimeNamespace::Host,
+                Namespace::New => TimeNamespace::New { offsets: plan.time_offsets.clone() },
+                Namespace::Path(_) => TimeNamespace::Join,
+            },
             loopback_up: plan.namespaces.network == Namespace::New,
             mounts: mounts.collect(),
             root_propagation: plan.root_propagation,

@@ -141,6 +141,8 @@ pub fn process(args: &[&str]) -> Process {
         scheduler: None,
         io_priority: None,
         exec_cpu_affinity: ExecCpuAffinity::default(),
+        memory_policy: None,
+        personality: None,
     }
 }
 
@@ -178,6 +180,7 @@ pub fn setup(args: &[&str]) -> ContainerSetup {
         version: VERSION,
         hostname: Some("box".to_owned()),
         domainname: None,
+        time_namespace: TimeNamespace::Host,
         loopback_up: true,
         mounts: vec![
             filesystem("/proc", "proc", guarded, ""),

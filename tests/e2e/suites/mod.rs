@@ -14,6 +14,7 @@ mod fallback;
 mod hang;
 mod hooks;
 mod limits;
+mod namespaces;
 mod oci;
 mod parallel;
 mod process;
@@ -96,6 +97,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         oci::cases,
         process::cases,
+        namespaces::cases,
         seccomp::cases,
         hooks::cases,
         explain::cases,

@@ -19,6 +19,7 @@ cases!("process":
     proxmox:
     scheduler_and_io_priority,
     impossible_scheduler_fails_the_start,
+    memory_policy_and_personality,
     exec_has_the_containers_scheduling_and_limits,
     exec_has_its_own_scheduling_and_limits,
     exec_runs_on_the_processors_it_asks_for,
@@ -49,6 +50,31 @@ fn impossible_scheduler_fails_the_start(t: &Test) {
         })
         .expect_err("refused by the kernel");
     assert!(refusal.message.contains("error setting scheduler"), "{}", refusal.message);
+}
+
+fn memory_policy_and_personality(t: &Test) {
+    // The second field of a line of numa_maps is the policy.
+    let script = ["sh", "-c", "uname -m; cut -d' ' -f2 /proc/self/numa_maps | sort -u"];
+    let change = |spec: &mut Value| {
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        spec["linux"]["memoryPolicy"] =
+            json!({"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]});
+    };
+    let machine = if cfg!(target_arch = "x86_64") { "i686" } else { "armv8l" };
+    let of_container = t.run_spec(&t.id("a"), &script, change).expect("runs");
+    let of_exec = t.exec_spec(&t.id("b"), &script, change, |_| ()).expect("runs");
+    for (status, text) in [of_container, of_exec] {
+        assert_eq!(status, 0, "{text}");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], machine);
+        assert!(lines[1..].contains(&"bind=static:0"), "{text}");
+    }
+    let refusal = t
+        .run_spec(&t.id("c"), &["true"], |spec| {
+            spec["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "1000"});
+        })
+        .expect_err("there is no such node");
+    assert!(refusal.message.contains("error setting memory policy"), "{}", refusal.message);
 }
 
 fn schedule(process: &mut Value) {

@@ -270,15 +270,19 @@ impl Session {
         let received = self
             .0
             .async_io(tokio::io::Interest::READABLE, |socket| {
-                socket::receive(socket.as_fd(), &mut buffer)
+                match socket::receive(socket.as_fd(), &mut buffer) {
+                    // It ended with something unread, which the kernel reports once, and before
+                    // its last words, which are still in the queue.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                        socket::receive(socket.as_fd(), &mut buffer)
+                    }
+                    received => received,
+                }
             })
             .await;
         let (n, fds) = match received {
             Ok((0, _)) => return Err(Error::Ended { expected }),
             Ok(received) => received,
-            Err(source) if source.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(Error::Ended { expected });
-            }
             Err(source) => return Err(Error::Socket { action: "receive from it", source }),
         };
         match postcard::from_bytes(&buffer[..n]).map_err(Error::Decode)? {
@@ -342,6 +346,16 @@ mod tests {
         drop(init);
         let error = shim.send(&Request::Go, Vec::new()).await.unwrap_err();
         assert_eq!(error.to_string(), "no such mount");
+    }
+
+    #[tokio::test]
+    async fn last_words_are_heard_although_something_was_not_read() {
+        let (shim, init) = sessions();
+        shim.send(&Request::Descriptors, Vec::new()).await.unwrap();
+        say(&init, &Reply::Failed { message: "no such mount".into() }).await;
+        drop(init);
+        assert_eq!(shim.ready().await.unwrap_err().to_string(), "no such mount");
+        assert!(matches!(shim.ready().await.unwrap_err(), Error::Ended { .. }));
     }
 
     #[tokio::test]

@@ -6,5 +6,6 @@ pub mod config;
 pub mod detached;
 pub mod exec;
 pub mod exit;
+pub mod image;
 pub mod init;
 pub mod rootfs;

@@ -151,7 +151,12 @@ impl Building {
         self.save().await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
-        blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
+        let root = plan.root_path.clone();
+        blocking(move || {
+            rootfs::mount(&mounts, &target)?;
+            Ok(lxc::image::check(&root)?)
+        })
+        .await?;
         let mut stdio = Stdio::open(&request.stdio, &stdio_context).await?;
         let binds = plan.mounts.clone();
         let mounts = blocking(move || open_binds(&binds)).await?;

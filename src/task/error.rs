@@ -76,6 +76,9 @@ pub enum Error {
     /// The rootfs could not be mounted or unmounted.
     #[error(transparent)]
     Rootfs(#[from] lxc::rootfs::Error),
+    /// LXC cannot start a CT in this image.
+    #[error(transparent)]
+    Image(#[from] lxc::image::Error),
     /// A bind mount's source could not be opened.
     #[error(transparent)]
     Detached(#[from] lxc::detached::Error),
@@ -134,6 +137,7 @@ impl Error {
             | Self::Exec(_)
             | Self::Cgroup(_)
             | Self::Rootfs(_)
+            | Self::Image(_)
             | Self::Detached(_)
             | Self::Stdio(_)
             | Self::Hook(_)

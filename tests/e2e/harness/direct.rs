@@ -262,7 +262,7 @@ impl<'a> Driver<'a> {
             client,
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),
-            lower: self.node.root.join("rootfs"),
+            lower: self.node.root.join("rootfs").display().to_string(),
             _log: log,
         }
     }
@@ -328,7 +328,8 @@ pub struct Shim {
     pub patience: Duration,
     client: Client,
     options: Any,
-    lower: PathBuf,
+    /// The lower directories of its overlay.
+    pub lower: String,
     _log: Arc<File>,
 }
 
@@ -369,7 +370,7 @@ impl Shim {
             "index=off".to_owned(),
             format!("workdir={}", self.bundle.join("work").display()),
             format!("upperdir={}", self.bundle.join("upper").display()),
-            format!("lowerdir={}", self.lower.display()),
+            format!("lowerdir={}", self.lower),
         ];
         vec![mount]
     }

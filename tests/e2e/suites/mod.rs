@@ -13,6 +13,7 @@ mod explain;
 mod fallback;
 mod hang;
 mod hooks;
+mod hostile;
 mod limits;
 mod namespaces;
 mod oci;
@@ -97,6 +98,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         oci::cases,
         process::cases,
+        hostile::cases,
         namespaces::cases,
         seccomp::cases,
         hooks::cases,

@@ -1,8 +1,7 @@
 //! `make bench`: what a call of the Proxmox client costs, and what the simulator can take.
 //!
 //! The client's own cost is the difference to the same exchange without it: the same bytes over one
-//! TLS connection, written and read by hand. Everything is in one process, the simulator on threads
-//! of its own, so that processor time can be told apart.
+//! TLS connection, written and read by hand.
 //!
 //! Environment: `BENCH_CALLS` (2000).
 
@@ -11,84 +10,49 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pve_sim::node::{Node, Options};
-use pve_sim::profile::{Kind, Profile};
-use pve_sim::{http, tls};
-use rustls_pki_types::ServerName;
 use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, ServerName};
 use shim_proxmox::config::Config;
 use shim_proxmox::pve::Client;
+use simulator::Simulator;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+#[path = "../simulator/mod.rs"]
+mod simulator;
 
 /// CTs for the list.
 const CTS: u32 = 1000;
 
-/// A simulator on two threads of its own.
-struct Simulator {
-    address: std::net::SocketAddr,
+/// What the exchanges by hand need.
+struct Hand {
+    address: String,
     token: String,
-    config: Config,
     connector: TlsConnector,
-    _runtime: tokio::runtime::Runtime,
-    _dir: tempfile::TempDir,
 }
 
-impl Simulator {
-    fn start() -> Simulator {
-        let dir = tempfile::tempdir().expect("a directory");
-        let root = dir.path().join("node");
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let identity = tls::identity(&["127.0.0.1"]).expect("certificates");
-        let (listener, node) = runtime.block_on(async {
-            let options = Options {
-                root: root.clone(),
-                name: "pve1".into(),
-                profile: Profile { kind: Kind::Instant, scale: 1.0 },
-            };
-            let node = Node::open(&options, identity.fingerprint.clone()).expect("a node");
-            (TcpListener::bind("127.0.0.1:0").await.expect("a socket"), node)
-        });
-        for vmid in 0..CTS {
-            let conf = format!("arch: amd64\nhostname: ct{vmid}\nostype: unmanaged\nrootfs: /x\n");
-            fs::write(node.paths.confs.join(format!("{}.conf", 10_000 + vmid)), conf)
-                .expect("a CT");
-        }
-        let address = listener.local_addr().expect("an address");
-        let acceptor = TlsAcceptor::from(identity.config);
-        runtime.spawn(async move {
-            while let Ok((socket, _)) = listener.accept().await {
-                let _ = socket.set_nodelay(true);
-                let (node, acceptor) = (node.clone(), acceptor.clone());
-                tokio::spawn(async move {
-                    if let Ok(stream) = acceptor.accept(socket).await {
-                        http::serve(node, stream).await;
-                    }
-                });
-            }
-        });
-        let token_file = root.join("admin-token");
-        let text = format!(
-            "[proxmox]\nendpoint = \"https://{address}\"\nnode = \"pve1\"\ntoken_file = \"{}\"\n\
-             fingerprint = \"{}\"\n",
-            token_file.display(),
-            identity.fingerprint
-        );
-        let token = fs::read_to_string(&token_file).expect("the token").trim().to_owned();
-        let config = Config::from_toml(&text, "bench").expect("a configuration");
-        let connector = connector(dir.path(), &identity.ca_pem);
-        Simulator { address, token, config, connector, _runtime: runtime, _dir: dir }
+impl Hand {
+    fn new(simulator: &Simulator) -> Hand {
+        let address = simulator.get("endpoint").trim_start_matches("https://").to_owned();
+        let token = fs::read_to_string(simulator.get("admin_token_file")).expect("the token");
+        let mut roots = RootCertStore::empty();
+        let ca = CertificateDer::from_pem_file(Path::new(simulator.get("ca_file")));
+        roots.add(ca.expect("a certificate")).expect("a root");
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("TLS")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let connector = TlsConnector::from(Arc::new(config));
+        Hand { address, token: token.trim().to_owned(), connector }
     }
 
     async fn connect(&self) -> TlsStream<TcpStream> {
-        let socket = TcpStream::connect(self.address).await.expect("a connection");
+        let socket = TcpStream::connect(&self.address).await.expect("a connection");
         socket.set_nodelay(true).expect("an option");
         let name = ServerName::try_from("127.0.0.1").expect("a name");
         self.connector.connect(name, socket).await.expect("TLS")
@@ -101,22 +65,6 @@ impl Simulator {
         )
         .into_bytes()
     }
-}
-
-fn connector(dir: &Path, ca: &str) -> TlsConnector {
-    let path = dir.join("ca.pem");
-    fs::write(&path, ca).expect("a file");
-    let mut roots = RootCertStore::empty();
-    roots
-        .add(rustls_pki_types::CertificateDer::from_pem_file(&path).expect("a certificate"))
-        .expect("a root");
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("TLS")
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    TlsConnector::from(Arc::new(config))
 }
 
 /// One exchange by hand; answers with the length of the body.
@@ -185,20 +133,15 @@ fn processor_time() -> Duration {
 }
 
 /// Requests per second over some connections.
-async fn throughput(
-    simulator: &Arc<Simulator>,
-    path: &str,
-    connections: usize,
-    time: Duration,
-) -> f64 {
+async fn throughput(hand: &Arc<Hand>, path: &str, connections: usize, time: Duration) -> f64 {
     let mut tasks = tokio::task::JoinSet::new();
     let end = Instant::now() + time;
     for _ in 0..connections {
-        let (simulator, request) = (simulator.clone(), simulator.request(path));
+        let (hand, request) = (hand.clone(), hand.request(path));
         tasks.spawn(async move {
             let (mut done, mut buffer) = (0_u32, Vec::new());
             while Instant::now() < end {
-                let mut stream = simulator.connect().await;
+                let mut stream = hand.connect().await;
                 // The server closes after a hundred.
                 for _ in 0..99 {
                     exchange(&mut stream, &request, &mut buffer).await;
@@ -217,21 +160,27 @@ async fn throughput(
 
 fn main() {
     let calls = std::env::var("BENCH_CALLS").ok().and_then(|n| n.parse().ok()).unwrap_or(2000);
-    let simulator = Arc::new(Simulator::start());
+    let simulator = Simulator::start(&[]);
+    for vmid in 10_000..10_000 + CTS {
+        let conf = format!("arch: amd64\nhostname: ct{vmid}\nostype: unmanaged\nrootfs: /x\n");
+        fs::write(simulator.confs().join(format!("{vmid}.conf")), conf).expect("a CT");
+    }
+    let hand = Arc::new(Hand::new(&simulator));
+    let config = Config::from_toml(&simulator.configuration(), "bench").expect("a configuration");
     // As the shim: one thread.
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let client = Client::new(&simulator.config).expect("a client");
+        let client = Client::new(&config).expect("a client");
         println!("One call after the other, in microseconds");
         println!();
         println!("| {:<58} | {:>6} | {:>6} | {:>6} |", "", "median", "99 %", "CPU");
         println!("| {:-<58} | -----: | -----: | -----: |", "");
-        let request = simulator.request("/version");
-        let (mut stream, mut buffer) = (simulator.connect().await, Vec::new());
+        let request = hand.request("/version");
+        let (mut stream, mut buffer) = (hand.connect().await, Vec::new());
         let bare = Measured::of(calls, async |n| {
             if n % 90 == 0 {
-                stream = simulator.connect().await;
+                stream = hand.connect().await;
             }
             exchange(&mut stream, &request, &mut buffer).await;
         })
@@ -244,13 +193,13 @@ fn main() {
         ours.print("GET /version by the client");
         let own = ours.processor.saturating_sub(bare.processor);
         let fresh = Measured::of(calls / 10, async |_| {
-            let mut stream = simulator.connect().await;
+            let mut stream = hand.connect().await;
             exchange(&mut stream, &request, &mut buffer).await;
         })
         .await;
         fresh.print("the same by hand, a resumed TLS session each");
         Measured::of(calls / 10, async |_| {
-            let client = Client::new(&simulator.config).expect("a client");
+            let client = Client::new(&config).expect("a client");
             client.version().await.expect("a version");
         })
         .await
@@ -268,7 +217,7 @@ fn main() {
         );
         println!();
         for (path, connections) in [("/version", 1), ("/version", 8), ("/nodes/pve1/lxc/10000/config", 8)] {
-            let rate = throughput(&simulator, path, connections, Duration::from_secs(2)).await;
+            let rate = throughput(&hand, path, connections, Duration::from_secs(2)).await;
             println!("simulator: {rate:.0} requests/s of GET {path} over {connections} connections");
         }
     });

@@ -47,8 +47,9 @@ test: root deps-run build ## Unit tests, then the end-to-end suites on three con
 test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=name runs only some
 	@tests/vm.sh $(E2E)
 
-bench: root deps-run build ## Measure the shim beside containerd-shim-runc-v2
+bench: root deps-run build ## Measure the shim beside containerd-shim-runc-v2, and the API client
 	@E2E_BIN=$(CURDIR)/$(OUT) $(CARGO) bench --locked --bench shims
+	@$(CARGO) bench --locked --bench client
 
 lint: deps-build ## Formatting, lints, documentation, licences, scripts, manual pages
 	@tests/lint.sh

@@ -7,29 +7,26 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use pve_sim::node::{Node, Options};
-use pve_sim::profile::{Kind, Profile};
-use pve_sim::{control, http, tls};
 use serde_json::{Value, json};
 use shim_proxmox::config::{Config, Vmid};
 use shim_proxmox::pve::conf::{CtDescription, Hostname};
 use shim_proxmox::pve::identity::{Id128, Identity};
-use shim_proxmox::pve::{Client, Error, Failure, Outcome, Upid};
-use tokio::net::TcpListener;
+use shim_proxmox::pve::{Client, Error, Failure, Outcome, TaskFilter, Upid};
 use tokio::time::{Instant, sleep};
-use tokio_rustls::TlsAcceptor;
+
+mod simulator;
+use simulator::Simulator;
 
 /// A node, a CT of ours on it, and a client.
 struct World {
-    node: Arc<Node>,
+    simulator: Arc<Simulator>,
     client: Client,
     ours: Identity,
-    dir: tempfile::TempDir,
 }
 
 /// A VMID of this process's own, as all CTs of a host share the cgroup tree.
@@ -47,34 +44,8 @@ impl World {
     async fn new() -> World {
         let needed = Path::new("/bin/busybox").exists() && Path::new("/usr/bin/lxc-start").exists();
         assert!(needed, "needs root, lxc-start and busybox: `make test` installs them");
-        let dir = tempfile::tempdir().unwrap();
-        let identity = tls::identity(&["127.0.0.1"]).unwrap();
-        let options = Options {
-            root: dir.path().join("node"),
-            name: "pve1".into(),
-            profile: Profile { kind: Kind::Instant, scale: 0.02 },
-        };
-        let node = Node::open(&options, identity.fingerprint.clone()).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let text = format!(
-            "[proxmox]\nendpoint = \"https://{}\"\nnode = \"pve1\"\ntoken_file = \"{}\"\n\
-             fingerprint = \"{}\"\nrequest_timeout = 1\n",
-            listener.local_addr().unwrap(),
-            node.paths.root.join("admin-token").display(),
-            identity.fingerprint,
-        );
-        let acceptor = TlsAcceptor::from(identity.config);
-        let serving = node.clone();
-        tokio::spawn(async move {
-            while let Ok((socket, _)) = listener.accept().await {
-                let (node, acceptor) = (serving.clone(), acceptor.clone());
-                tokio::spawn(async move {
-                    if let Ok(stream) = acceptor.accept(socket).await {
-                        http::serve(node, stream).await;
-                    }
-                });
-            }
-        });
+        let simulator = Simulator::start(&["--time-scale", "0.02"]);
+        let text = simulator.configuration() + "request_timeout = 1\n";
         let client = Client::new(&Config::from_toml(&text, "test").unwrap()).unwrap();
         let ours = Identity {
             install_id: Id128::random().unwrap(),
@@ -84,14 +55,14 @@ impl World {
             nonce: Id128::random().unwrap(),
             boot_id: Id128::random().unwrap(),
         };
-        let world = World { node, client, ours, dir };
+        let world = World { simulator: simulator.into(), client, ours };
         world.write_ct(&world.ours);
         world
     }
 
     /// Writes a CT as the shim does, with busybox's sleep as its init.
     fn write_ct(&self, identity: &Identity) {
-        let rootfs = self.dir.path().join("rootfs");
+        let rootfs = self.simulator.dir.path().join("rootfs");
         if !rootfs.exists() {
             for name in ["bin", "dev", "proc", "sys"] {
                 fs::create_dir_all(rootfs.join(name)).unwrap();
@@ -99,7 +70,8 @@ impl World {
             fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
             symlink("busybox", rootfs.join("bin/sleep")).unwrap();
         }
-        let run_dir = self.dir.path().join(&identity.namespace).join(&identity.container_id);
+        let run_dir =
+            self.simulator.dir.path().join(&identity.namespace).join(&identity.container_id);
         fs::create_dir_all(&run_dir).unwrap();
         let include = run_dir.join("lxc.conf");
         let lines = format!(
@@ -125,8 +97,8 @@ impl World {
         self.ours.vmid
     }
 
-    fn conf(&self) -> std::path::PathBuf {
-        self.node.paths.confs.join(format!("{}.conf", self.vmid()))
+    fn conf(&self) -> PathBuf {
+        self.simulator.confs().join(format!("{}.conf", self.vmid()))
     }
 
     fn path(&self, below: &str) -> String {
@@ -134,8 +106,9 @@ impl World {
     }
 
     async fn control(&self, command: Value) -> Value {
-        let answer = control::command(&self.node, &command.to_string()).await;
-        answer.unwrap_or_else(|error| panic!("{command}: {error}"))
+        let (simulator, text) = (self.simulator.clone(), command.to_string());
+        let answer = tokio::task::spawn_blocking(move || simulator.try_control(&command)).await;
+        answer.unwrap().unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
     /// The next request with this method about the CT.
@@ -151,15 +124,14 @@ impl World {
 
     /// Counts the requests with this method about the CT from now on.
     async fn count(&self, method: &str, below: &str) -> impl AsyncFn() -> u64 {
+        let listed = async || self.control(json!({"faults": {}})).await["requests"].clone();
+        let place = listed().await.as_array().unwrap().len();
         // A fault that hits none of them.
-        let fault = json!({"method": method, "path": self.path(below), "skip": 1_000_000, "effect": "lose-request"});
-        let place = self.control(json!({"faults": {}})).await["requests"].as_array().unwrap().len();
+        let (path, never) = (self.path(below), 1_000_000);
+        let fault =
+            json!({"method": method, "path": path, "skip": never, "effect": "lose-request"});
         self.control(json!({ "fault": fault })).await;
-        let node = self.node.clone();
-        async move || {
-            let list = control::command(&node, r#"{"faults":{}}"#).await.unwrap();
-            list["requests"][place]["seen"].as_u64().unwrap()
-        }
+        async move || listed().await[place]["seen"].as_u64().unwrap()
     }
 
     async fn started(&self) -> Upid {
@@ -174,17 +146,8 @@ impl World {
 
     /// How many tasks of this type the client has started.
     async fn tasks(&self, kind: &str) -> usize {
-        let filter = shim_proxmox::pve::TaskFilter {
-            vmid: Some(self.vmid()),
-            kind: Some(kind),
-            ..Default::default()
-        };
+        let filter = TaskFilter { vmid: Some(self.vmid()), kind: Some(kind), ..Default::default() };
         self.client.tasks(&filter).await.unwrap().len()
-    }
-
-    async fn end(&self) {
-        self.control(json!({"clear": {}})).await;
-        self.node.shut_down().await;
     }
 }
 
@@ -203,7 +166,6 @@ async fn a_ct_is_started_stopped_and_destroyed() {
     assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::Done);
     assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
     assert!(!w.conf().exists());
-    w.end().await;
 }
 
 #[tokio::test]
@@ -220,7 +182,6 @@ async fn a_start_that_was_lost_on_the_way_stays_unclear_and_is_not_sent_again() 
         assert!(error.is_unclear(), "{effect}: {error:?}");
         assert_eq!((sent().await, w.tasks("vzstart").await), (1, 0), "{effect}");
         assert!(!w.running().await);
-        w.end().await;
     }
 }
 
@@ -242,7 +203,6 @@ async fn a_start_whose_answer_was_lost_is_found_by_its_task() {
         w.client.wait(&upid, soon()).await.unwrap();
         assert!(w.running().await, "{effect}");
         assert_eq!((sent().await, w.tasks("vzstart").await), (1, 1), "{effect}");
-        w.end().await;
     }
 }
 
@@ -263,7 +223,6 @@ async fn a_start_that_is_carried_out_twice_starts_one_ct() {
         assert!(begun.elapsed() < Duration::from_secs(5));
         sleep(Duration::from_millis(20)).await;
     }
-    w.end().await;
 }
 
 #[tokio::test]
@@ -280,7 +239,6 @@ async fn a_start_task_that_fails_tells_the_step_s_text() {
         if runs {
             assert!(w.running().await, "{step}");
         }
-        w.end().await;
     }
 }
 
@@ -293,16 +251,15 @@ async fn a_held_lock_is_waited_for() {
     let error = w.client.stop(w.vmid()).await;
     let error = w.client.wait(&error.unwrap(), soon()).await.unwrap_err();
     assert_eq!(error.failure(), Some(&Failure::LockTimeout), "{error:?}");
-    let (node, vmid) = (w.node.clone(), w.vmid().get());
-    let release = tokio::spawn(async move {
-        sleep(Duration::from_millis(500)).await;
-        let command = json!({"release-lock": {"vmid": vmid}}).to_string();
-        control::command(&node, &command).await.unwrap();
+    let simulator = w.simulator.clone();
+    let command = json!({"release-lock": {"vmid": w.vmid().get()}});
+    let release = tokio::task::spawn_blocking(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        simulator.try_control(&command)
     });
     assert_eq!(w.client.stop_ours(&w.ours, soon()).await.unwrap(), Outcome::Done);
-    release.await.unwrap();
+    release.await.unwrap().unwrap();
     assert!(w.tasks("vzstop").await > 2);
-    w.end().await;
 }
 
 #[tokio::test]
@@ -314,7 +271,6 @@ async fn an_administrator_s_lock_is_waited_for_until_the_deadline_and_then_named
     let error = w.client.destroy_ours(&w.ours, deadline).await.unwrap_err();
     assert_eq!(error.failure(), Some(&Failure::Locked { by: "backup".into() }), "{error:?}");
     assert!(w.conf().exists());
-    w.end().await;
 }
 
 #[tokio::test]
@@ -333,7 +289,6 @@ async fn a_stop_or_destruction_whose_answer_is_lost_or_doubled_ends_well() {
         w.fault("DELETE", "", effect.clone()).await;
         w.client.destroy_ours(&w.ours, soon()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
         assert!(!w.conf().exists(), "{effect}");
-        w.end().await;
     }
 }
 
@@ -350,7 +305,6 @@ async fn what_an_administrator_has_done_first_is_found_so() {
     let destroy = w.administrator("DELETE", "", json!({}));
     w.fault("DELETE", "", json!({ "call-before": destroy })).await;
     assert_eq!(w.client.destroy_ours(&w.ours, soon()).await.unwrap(), Outcome::AlreadySo);
-    w.end().await;
 }
 
 #[tokio::test]
@@ -369,7 +323,6 @@ async fn a_ct_that_an_administrator_starts_or_reboots_meanwhile_is_not_destroyed
         // A stop makes it possible.
         w.client.stop_ours(&w.ours, soon()).await.unwrap();
         w.client.destroy_ours(&w.ours, soon()).await.unwrap();
-        w.end().await;
     }
 }
 
@@ -383,7 +336,6 @@ async fn an_edit_between_reading_and_writing_is_not_overwritten() {
     let error = put.unwrap_err();
     assert_eq!(error.failure(), Some(&Failure::DigestMismatch), "{error:?}");
     assert_eq!(w.client.config(w.vmid()).await.unwrap().tags.as_deref(), Some("theirs"));
-    w.end().await;
 }
 
 #[tokio::test]
@@ -405,19 +357,17 @@ async fn a_ct_that_has_become_somebody_else_s_is_left_alone() {
     }
     assert!(w.running().await && w.conf().exists());
     assert_eq!((w.tasks("vzstop").await, w.tasks("vzdestroy").await), (0, 0));
-    w.end().await;
 }
 
 #[tokio::test]
 async fn a_clone_has_our_notes_and_is_still_not_ours() {
     let w = World::new().await;
     let clone = Identity { vmid: vmid(), ..w.ours.clone() };
-    let path = w.node.paths.confs.join(format!("{}.conf", clone.vmid));
+    let path = w.simulator.confs().join(format!("{}.conf", clone.vmid));
     fs::copy(w.conf(), &path).unwrap();
     let error = w.client.destroy_ours(&clone, soon()).await.unwrap_err();
     assert!(matches!(error, Error::NotOurs { .. }), "{error:?}");
     assert!(path.exists());
-    w.end().await;
 }
 
 #[tokio::test]
@@ -430,7 +380,6 @@ async fn a_revoked_token_is_told_once() {
     assert!(matches!(error, Error::Authentication { .. }), "{error:?}");
     assert!(error.to_string().contains("root@pam!admin"), "{error}");
     assert!(sent().await <= 1);
-    w.end().await;
 }
 
 #[tokio::test]
@@ -448,7 +397,6 @@ async fn waiting_for_a_task_survives_lost_and_slow_answers() {
     let upid = w.client.start(w.vmid()).await.unwrap();
     w.client.wait(&upid, Instant::now() + Duration::from_secs(30)).await.unwrap();
     assert!(w.running().await);
-    w.end().await;
 }
 
 #[tokio::test]
@@ -468,5 +416,4 @@ async fn a_get_survives_what_breaks_on_the_way() {
         w.client.config(w.vmid()).await.unwrap_or_else(|e| panic!("{effect}: {e:?}"));
         w.control(json!({"clear": {}})).await;
     }
-    w.end().await;
 }

@@ -51,8 +51,11 @@ struct Ticket {
 /// What a call can be sent with, or what must be asked for first.
 pub(super) enum Ready {
     Yes(Proof),
-    /// Log in with this instead of the password: the password itself, or a ticket to renew.
-    LogIn(SecretString),
+    /// Log in with this: the password, or the ticket that is to be renewed.
+    LogIn {
+        secret: SecretString,
+        renewal: bool,
+    },
 }
 
 /// The headers that prove who asks.
@@ -62,6 +65,11 @@ pub(super) struct Proof {
 }
 
 impl Proof {
+    /// Whether it could be replaced by logging in.
+    pub(super) fn is_ticket(&self) -> bool {
+        self.ticket.is_some()
+    }
+
     /// For a call with this method: one that changes something needs more of a ticket.
     pub(super) fn headers(&self, method: &str) -> HeaderMap {
         let mut headers = self.headers.clone();
@@ -123,8 +131,10 @@ impl Credentials {
                 let headers = HeaderMap::from_iter([(COOKIE, ticket.cookie.clone())]);
                 Ready::Yes(Proof { headers, ticket: Some(ticket) })
             }
-            Some(ticket) if Instant::now() < ticket.dead => Ready::LogIn(ticket.text.clone()),
-            _ => Ready::LogIn(password.clone()),
+            Some(ticket) if Instant::now() < ticket.dead => {
+                Ready::LogIn { secret: ticket.text.clone(), renewal: true }
+            }
+            _ => Ready::LogIn { secret: password.clone(), renewal: false },
         }
     }
 
@@ -149,12 +159,10 @@ impl Credentials {
         Ok(())
     }
 
-    /// Forgets the ticket, because Proxmox no longer takes it. `false` if there was none: then the
-    /// secret itself was refused.
-    pub(super) fn forget_ticket(&self) -> bool {
-        match &self.kind {
-            Kind::Token { .. } => false,
-            Kind::User { ticket, .. } => lock(ticket).take().is_some(),
+    /// Forgets the ticket, because Proxmox no longer takes it.
+    pub(super) fn forget_ticket(&self) {
+        if let Kind::User { ticket, .. } = &self.kind {
+            *lock(ticket) = None;
         }
     }
 }

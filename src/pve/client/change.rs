@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{Client, Payload, TaskFilter};
 use crate::config::Vmid;
@@ -42,46 +42,44 @@ impl Client {
             let upid = Loose(&reply.data).as_text().and_then(|text| text.parse().ok());
             upid.ok_or_else(|| self.unlike(change.call.clone(), "no task id in the answer"))
         });
-        match answer {
-            Err(error) if error.is_unclear() => self.read_back(&change, since, error).await,
-            answer => answer,
+        let error = match answer {
+            Err(error) if error.is_unclear() => error,
+            answer => return answer,
+        };
+        log::warn!(
+            vmid = change.vmid.get(), task = change.task, error = error.to_string().as_str();
+            "answer lost, reading back"
+        );
+        let limit = Instant::now() + self.inner.settings.request_timeout;
+        match timeout_at(limit, self.read_back(&change, since)).await {
+            Ok(Some(Ok(upid))) => Ok(upid),
+            Ok(Some(Err(failure))) => Err(Error::Api { call: Box::new(change.call), failure }),
+            // It cannot be told: the first error says more.
+            Ok(None) | Err(_) => Err(error),
         }
     }
 
-    /// Finds out what became of a request whose answer was lost.
-    async fn read_back(&self, change: &Change<'_>, since: u64, lost: Error) -> Result<Upid, Error> {
-        log::warn!(
-            vmid = change.vmid.get(), task = change.task, error = lost.to_string().as_str();
-            "answer lost, reading back"
-        );
+    /// Finds out what became of a request whose answer was lost: its task, or the state that leaves
+    /// nothing to do.
+    async fn read_back(&self, change: &Change<'_>, since: u64) -> Option<Result<Upid, Failure>> {
         // The daemon may still be at work on the request when its connection is gone.
         for pause in [0, 100, 400, 1000] {
             sleep(Duration::from_millis(pause)).await;
-            match self.find_task(change, since).await {
-                Ok(Some(upid)) => return Ok(upid),
-                Ok(None) => {}
-                // It cannot be told: the first error says more.
-                Err(_) => return Err(lost),
+            if let Some(upid) = self.find_task(change, since).await.ok()? {
+                return Some(Ok(upid));
             }
         }
-        let running = async || self.status(change.vmid).await.map(|status| status.running);
-        let settled = match change.leaves {
-            State::Running => {
-                matches!(running().await, Ok(true)).then_some(Failure::AlreadyRunning)
+        let running = async || self.status(change.vmid).await.ok().map(|status| status.running);
+        let failure = match change.leaves {
+            State::Running => running().await?.then_some(Failure::AlreadyRunning),
+            State::Stopped => (!running().await?).then_some(Failure::NotRunning),
+            State::Gone => {
+                let error = self.config(change.vmid).await.err()?;
+                (error.failure() == Some(&Failure::NotFound)).then_some(Failure::NotFound)
             }
-            State::Stopped => matches!(running().await, Ok(false)).then_some(Failure::NotRunning),
-            State::Gone => match self.config(change.vmid).await {
-                Err(error) if error.failure() == Some(&Failure::NotFound) => {
-                    Some(Failure::NotFound)
-                }
-                _ => None,
-            },
             State::Other => None,
         };
-        match settled {
-            Some(failure) => Err(Error::Api { call: Box::new(change.call.clone()), failure }),
-            None => Err(lost),
-        }
+        failure.map(Err)
     }
 
     /// The newest task that `change` can have started. A token sees its own tasks.

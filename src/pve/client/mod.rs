@@ -11,8 +11,8 @@
 //! # Time
 //!
 //! `proxmox.request_timeout` bounds a call as a whole, login, repetitions and other endpoints
-//! included; within it `proxmox.connect_timeout` bounds each connection's set-up. What waits for a
-//! task takes a deadline of its own. Dropping a call's future closes its connection; a change that
+//! included; within it `proxmox.connect_timeout` bounds each connection's set-up. Reading back what
+//! became of a change may take as long again. What waits for a task takes a deadline of its own. Dropping a call's future closes its connection; a change that
 //! was sent may take effect all the same.
 //!
 //! # Several endpoints
@@ -179,10 +179,13 @@ impl Client {
                 Ok(reply) => return Ok(reply),
                 Err(error) => error,
             };
-            if !error.is_of_endpoint() || (!repeatable && error.is_unclear()) {
+            if !error.is_of_endpoint() {
                 return Err(error);
             }
             self.inner.endpoints.failed(server, Instant::now());
+            if !repeatable && error.is_unclear() {
+                return Err(error);
+            }
             if n + 1 < servers.len() {
                 log::warn!(error = error.to_string().as_str(); "trying the next endpoint");
             }
@@ -223,20 +226,22 @@ impl Client {
         loop {
             let proof = match self.inner.credentials.ready() {
                 Ready::Yes(proof) => proof,
-                Ready::LogIn(secret) => {
+                Ready::LogIn { secret, renewal } => {
                     match self.log_in(server, secret.expose_secret(), until).await {
                         Ok(()) => fresh = true,
-                        // A ticket that cannot be renewed: the password may still be good.
-                        Err(Error::Authentication { .. })
-                            if self.inner.credentials.forget_ticket() => {}
+                        // The password may still be good.
+                        Err(Error::Authentication { .. }) if renewal => {
+                            self.inner.credentials.forget_ticket();
+                        }
                         Err(error) => return Err(error.unsent()),
                     }
                     continue;
                 }
             };
             match self.once(server, call, payload, proof.headers(call.method), until).await {
-                Err(Error::Authentication { .. })
-                    if !fresh && self.inner.credentials.forget_ticket() => {}
+                Err(Error::Authentication { .. }) if proof.is_ticket() && !fresh => {
+                    self.inner.credentials.forget_ticket();
+                }
                 result => return result,
             }
         }

@@ -110,6 +110,7 @@ async fn each_call_is_sent_as_recorded_and_understood() {
     assert_eq!(put.body, "tags=a%3Bb&description=x+y&digest=abc");
     // A UPID goes into the path as it is.
     assert!(seen.last().unwrap().path.contains(&upid.to_string()), "{:?}", seen.last());
+    assert!(seen.iter().all(|s| s.method != "POST" || s.header("content-length") == "0"));
     // Nothing that changes anything has a body or query that could widen it.
     assert!(seen.iter().filter(|s| s.method != "PUT").all(|s| s.body.is_empty()));
     assert!(seen.iter().any(|s| s.method == "DELETE" && s.path == "/nodes/pve1/lxc/180"));

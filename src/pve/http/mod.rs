@@ -15,7 +15,7 @@ use std::time::Duration;
 use hyper::body::{Body as _, Bytes};
 use hyper::client::conn::http1::SendRequest;
 use hyper::ext::ReasonPhrase;
-use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Response, StatusCode};
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -215,6 +215,9 @@ impl Server {
         message.headers_mut().extend(request.headers.clone());
         if let Some(content_type) = content_type {
             message.headers_mut().insert(CONTENT_TYPE, content_type);
+        } else if request.method != Method::GET {
+            // hyper leaves it out; RFC 9110 wants it where content could be.
+            message.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         Ok(message)
     }

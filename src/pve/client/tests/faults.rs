@@ -16,6 +16,15 @@ fn path_of(storage: &str) -> String {
     format!("/nodes/pve1/storage/{storage}/content")
 }
 
+/// Waits until no more than these connections are left; the server learns of an end a little later.
+async fn settled(fake: &Fake, connections: usize) {
+    let begun = Instant::now();
+    while fake.open_connections() > connections {
+        assert!(begun.elapsed() < Duration::from_secs(2), "{}", fake.open_connections());
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
 #[tokio::test]
 async fn a_second_answer_is_never_taken_for_that_of_the_next_call() {
     let fake = Fake::start(|seen| Reply::Twice(Box::new(echo(seen)))).await;
@@ -41,11 +50,7 @@ async fn an_abandoned_call_does_not_leave_its_answer_to_the_next() {
         assert_eq!(volume(&c, "next").await, path_of("next"));
     }
     // The connections of the abandoned calls are gone.
-    let begun = Instant::now();
-    while fake.open_connections() > 1 {
-        assert!(begun.elapsed() < Duration::from_secs(2), "{}", fake.open_connections());
-        sleep(Duration::from_millis(10)).await;
-    }
+    settled(&fake, 1).await;
 }
 
 #[tokio::test]
@@ -69,7 +74,7 @@ async fn parallel_calls_get_their_own_answers_and_few_connections_stay() {
     while let Some(ended) = calls.join_next().await {
         ended.unwrap();
     }
-    assert!(fake.open_connections() <= 4, "{}", fake.open_connections());
+    settled(&fake, 2).await;
 }
 
 #[tokio::test]
@@ -150,4 +155,19 @@ async fn an_answer_without_data_or_with_more_than_known_is_understood() {
     c.put_config(id(110), &[("tags", "a")], None).await.unwrap();
     let status = c.status(id(110)).await.unwrap();
     assert_eq!((status.vmid, status.running, status.pid), (id(110), false, None));
+}
+
+#[tokio::test]
+async fn reading_back_ends_in_time_too() {
+    // Everything is slow, but nothing is silent.
+    let fake = Fake::start(|seen| match seen.method.as_str() {
+        "POST" => Reply::Close,
+        _ => Reply::Later(Duration::from_millis(1500), Box::new(Reply::data(json!([])))),
+    })
+    .await;
+    let begun = Instant::now();
+    let error = client(&fake).start(id(110)).await.unwrap_err();
+    assert!(error.is_unclear(), "{error:?}");
+    // The limit for a call is 2 s.
+    assert!(begun.elapsed() < Duration::from_millis(2900), "{:?}", begun.elapsed());
 }

@@ -10,14 +10,28 @@ use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::sys;
+use crate::{sys, watch};
 
 /// The version of `exit.json`.
 const RECORD_VERSION: u32 = 1;
 /// The end of the log that can hold the line about the exit: liblxc writes it just before the hook.
 const LOG_TAIL: u64 = 64 * 1024;
+/// liblxc's log in the run directory.
+const LOG: &str = "lxc.log";
 /// lxc-start runs a hook by `sh -c`, which may or may not be replaced by the hook.
 const MAX_ANCESTORS: usize = 4;
+
+/// `hook start-host`: starts a watcher, unless lxc-start's log will tell the exit status. Never
+/// fails: without a status a CT is still a CT.
+pub fn start_host(run_dir: &Path) -> ExitCode {
+    let log = read_tail(&run_dir.join(LOG)).unwrap_or_default();
+    if !lines(&log).any(is_information) {
+        if let Err(e) = watch::start(run_dir) {
+            let _ = writeln!(io::stderr(), "watch the CT for {}: {e}", run_dir.display());
+        }
+    }
+    ExitCode::SUCCESS
+}
 
 /// `hook stop`: writes the exit record. Never fails: LXC would log it, and has to clean up anyway.
 pub fn stop(run_dir: &Path) -> ExitCode {
@@ -49,40 +63,48 @@ struct Exit {
 /// What containerd says of a process whose end nobody saw.
 const UNKNOWN: Exit = Exit { status: 255, source: "unknown" };
 
-/// [`UNKNOWN`] if neither the kernel nor the log knows: a record of that is better than none, for
-/// which its reader would wait.
+/// [`UNKNOWN`] if nobody knows: a record of that is better than none, for which its reader would
+/// wait.
 fn find_exit(run_dir: &Path, target: Option<&OsStr>) -> Exit {
-    let log = || parse_log(&read_tail(&run_dir.join("lxc.log"))?);
-    decide(target, reaped_wait_status(), log).unwrap_or(UNKNOWN)
+    // Also if it is not needed: its end must not be in the way of the cgroup's removal.
+    let heard = watch::wait_status(run_dir).and_then(from_wait);
+    let logged = || parse_log(&read_tail(&run_dir.join(LOG))?);
+    let kernel = reaped_wait_status().and_then(from_wait);
+    let parent = || match heard {
+        Some(status) => Some(Exit { status, source: "monitor" }),
+        None => logged().map(|status| Exit { status, source: "log" }),
+    };
+    decide(target, kernel, parent).unwrap_or(UNKNOWN)
 }
 
-/// The rule of all sources.
+/// 0..255 or 128+n, of a wait status.
+fn from_wait(status: i32) -> Option<u32> {
+    let status = ExitStatus::from_raw(status);
+    let signal = || status.signal().map(|signal| 128 + signal as u32);
+    status.code().map(|code| code as u32).or_else(signal)
+}
+
+/// The rule of all sources: what the kernel says to everybody, and what it has said to the parent,
+/// lxc-start.
 ///
-/// After `reboot(2)` the kernel gives the wait status SIGHUP (restart) or SIGINT (halt, power off)
-/// to the parent only. A pidfd shows how PID 1 really ended: 0 if it made the call itself, SIGKILL
-/// if another process of the CT did. So these two are compared with what liblxc saw.
+/// After `reboot(2)` the parent's wait status is SIGHUP (restart) or SIGINT (halt, power off), and
+/// only the parent's. A pidfd shows how PID 1 really ended: 0 if it made the call itself, SIGKILL
+/// if another process of the CT did. So these two are compared with what lxc-start saw.
 fn decide(
     target: Option<&OsStr>,
-    wait_status: Option<i32>,
-    log: impl FnOnce() -> Option<u32>,
+    kernel: Option<u32>,
+    parent: impl FnOnce() -> Option<Exit>,
 ) -> Option<Exit> {
     if target == Some(OsStr::new("reboot")) {
         return Some(Exit { status: 128 + libc::SIGHUP as u32, source: "reboot" });
     }
-    let from_log = |status| Exit { status, source: "log" };
-    let Some(wait_status) = wait_status else {
-        return log().map(from_log);
-    };
-    let status = ExitStatus::from_raw(wait_status);
-    let status = match (status.code(), status.signal()) {
-        (Some(code), _) => code as u32,
-        (None, Some(signal)) => 128 + signal as u32,
-        (None, None) => return log().map(from_log),
+    let Some(status) = kernel else {
+        return parent();
     };
     if matches!(status, 0 | 137) {
         let reboot = [libc::SIGHUP, libc::SIGINT].map(|s| 128 + s as u32);
-        if let Some(logged) = log().filter(|s| reboot.contains(s)) {
-            return Some(from_log(logged));
+        if let Some(seen) = parent().filter(|exit| reboot.contains(&exit.status)) {
+            return Some(seen);
         }
     }
     Some(Exit { status, source: "pidfd" })
@@ -144,19 +166,30 @@ fn read_tail(path: &Path) -> Option<Vec<u8>> {
 
 /// The status in liblxc's log: the last line ` - Child <PID> ended on error (N)` or `… on signal
 /// NAME(N)`. liblxc writes none for the status 0, so a log without such a line means 0, but only if
-/// there is a line at that level at all: the `lxc-start` of LXC 6 comes with a logger of its own
-/// that leaves the file of the configuration empty.
+/// it was written after the end: the line that announces this very hook proves it.
 ///
 /// Only whole lines of exactly this form count: other lines quote text that the container can
 /// influence, such as names.
 fn parse_log(log: &[u8]) -> Option<u32> {
-    let lines = || log.split(|b| *b == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
-    lines().rev().find_map(parse_log_line).or_else(|| lines().any(is_information).then_some(0))
+    let zero = || lines(log).any(announces_stop).then_some(0);
+    lines(log).rev().find_map(parse_log_line).or_else(zero)
+}
+
+fn lines(log: &[u8]) -> impl DoubleEndedIterator<Item = &str> {
+    log.split(|b| *b == b'\n').filter_map(|line| std::str::from_utf8(line).ok())
 }
 
 /// `lxc-start NAME TIME INFO …`
 fn is_information(line: &str) -> bool {
     line.split_whitespace().nth(3) == Some("INFO")
+}
+
+fn announces_stop(line: &str) -> bool {
+    is_information(line)
+        && line.contains("conf.c:run_script_argv:")
+        && line
+            .split_once(" - Executing script \"")
+            .is_some_and(|(_, rest)| rest.contains(" hook stop "))
 }
 
 fn parse_log_line(line: &str) -> Option<u32> {
@@ -201,7 +234,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// By hand: every field is a number or one of four words, and serde_json would double the binary.
+/// By hand: every field is a number or one of five words, and serde_json would double the binary.
 fn render(exit: &Exit, time: u64, oom_kills: u64) -> String {
     format!(
         "{{\"version\":{RECORD_VERSION},\"status\":{},\"time\":{time},\"oom_kills\":{oom_kills},\
@@ -242,10 +275,16 @@ mod tests {
     }
 
     #[test]
-    fn only_a_log_that_is_written_says_zero_by_silence() {
+    fn only_a_log_that_is_complete_says_zero_by_silence() {
         assert_eq!(parse_log(b""), None);
         assert_eq!(parse_log(b"lxc-start 70001 20250101000000.000 ERROR    conf - x\n"), None);
-        assert_eq!(parse_log(b"lxc-start 70001 20250101000000.000 INFO     lsm - x\n"), Some(0));
+        let hook = "lxc-start 70001 20250101000000.000 INFO     conf - \
+                    ../src/lxc/conf.c:run_script_argv:340 - Executing script \"/x/init hook";
+        let announced = format!("{hook} stop /run/x\" for container \"70001\"\n");
+        assert_eq!(parse_log(announced.as_bytes()), Some(0));
+        // A log that a full disk has cut short.
+        let before = format!("{hook} start-host /run/x\" for container \"70001\"\n");
+        assert_eq!(parse_log(before.as_bytes()), None);
     }
 
     #[test]
@@ -291,23 +330,31 @@ mod tests {
         let exit = |status, source| Some(Exit { status, source });
         let table = [
             (reboot, Some(0), Some(129), exit(129, "reboot")),
-            (stop, Some(7 << 8), Some(0), exit(7, "pidfd")),
-            (stop, Some(9), None, exit(137, "pidfd")),
-            (stop, Some(0x80 | 11), None, exit(139, "pidfd")),
+            (stop, Some(7), Some(0), exit(7, "pidfd")),
+            (stop, Some(137), None, exit(137, "pidfd")),
             (stop, Some(0), Some(0), exit(0, "pidfd")),
             (stop, Some(0), None, exit(0, "pidfd")),
             // reboot(RB_POWER_OFF): the pidfd does not know.
             (stop, Some(0), Some(130), exit(130, "log")),
-            (stop, Some(9), Some(130), exit(130, "log")),
-            (stop, Some(9), Some(137), exit(137, "pidfd")),
-            // The log cannot turn a clean exit into another one.
+            (stop, Some(137), Some(130), exit(130, "log")),
+            (stop, Some(137), Some(137), exit(137, "pidfd")),
+            // The parent's word cannot turn a clean exit into another one.
             (stop, Some(0), Some(3), exit(0, "pidfd")),
             (None, None, Some(5), exit(5, "log")),
             (None, None, None, None),
         ];
-        for (target, wait_status, log, wanted) in table {
-            assert_eq!(decide(target, wait_status, || log), wanted);
+        for (target, kernel, parent, wanted) in table {
+            assert_eq!(decide(target, kernel, || exit(parent?, "log")), wanted);
         }
+    }
+
+    #[test]
+    fn wait_statuses_are_read_as_containerd_reports_them() {
+        for (wait, status) in [(0, 0), (7 << 8, 7), (255 << 8, 255), (9, 137), (0x80 | 11, 139)] {
+            assert_eq!(from_wait(wait), Some(status));
+        }
+        // Stopped is not ended.
+        assert_eq!(from_wait(0x137f), None);
     }
 
     #[test]

@@ -20,3 +20,4 @@ pub mod socket;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod terminal;
+pub mod watch;

@@ -14,6 +14,7 @@ USAGE
     proxmox-shim-init init
     proxmox-shim-init exec
     proxmox-shim-init holder
+    proxmox-shim-init hook start-host RUN_DIR
     proxmox-shim-init hook stop RUN_DIR
     proxmox-shim-init hook post-stop
     proxmox-shim-init --version | --help
@@ -41,12 +42,17 @@ MODES
         has an empty root directory and no capabilities, and reaps the orphans of its pid namespace.
         SIGTERM and SIGINT end it with status 0.
 
+    hook start-host RUN_DIR
+        LXC's hook before the CT's first process (lxc.hook.start-host), used where the kernel does
+        not keep exit statuses. If lxc-start does not write its log either (LXC 6), leaves a
+        process behind that hears the exit status from lxc-monitord and ends with the CT.
+
     hook stop RUN_DIR
         LXC's hook after the CT's end (lxc.hook.stop). Writes RUN_DIR/exit.json: the exit status
         of PID 1 and the number of processes the kernel killed for lack of memory. Reads the
-        status from lxc-start's pidfd (kernel 6.15 or later), else from RUN_DIR/lxc.log, and the
-        cgroup's path from RUN_DIR/cgroup if that file exists. Always exits 0, so that LXC
-        finishes the clean-up.
+        status from lxc-start's pidfd (kernel 6.15 or later), else from RUN_DIR/watch or
+        RUN_DIR/lxc.log, and the cgroup's path from RUN_DIR/cgroup if that file exists. Always
+        exits 0, so that LXC finishes the clean-up.
 
     hook post-stop
         LXC's last hook (lxc.hook.post-stop). Fails if the CT asked for a reboot, which turns the
@@ -67,7 +73,8 @@ FILES
     /dev/.proxmox-shim/init.sock    the shim's socket, seen from the CT until it is removed
     RUN_DIR/exit.json               {\"version\",\"status\",\"time\",\"oom_kills\",\"source\"}; status is
                                     0..255, or 128+n for signal n; time in ns since the epoch;
-                                    source is pidfd, log or reboot
+                                    source is pidfd, monitor, log, reboot or unknown
+    RUN_DIR/watch                   what lxc-monitord told: a wait status
     RUN_DIR/lxc.log                 liblxc's log at level INFO
     RUN_DIR/cgroup                  one line: the absolute directory of the CT's memory cgroup
 
@@ -86,6 +93,7 @@ fn main() -> ExitCode {
         [Some("init")] => container::run(),
         [Some("exec")] => exec::run(),
         [Some("holder")] => holder::run(),
+        [Some("hook"), Some("start-host"), _] => hook::start_host(args[2].as_ref()),
         [Some("hook"), Some("stop"), _] => hook::stop(args[2].as_ref()),
         [Some("hook"), Some("post-stop")] => hook::post_stop(),
         [Some("--version" | "-V")] => say(&format!(

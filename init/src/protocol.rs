@@ -327,6 +327,6 @@ pub struct ExitRecord {
     pub time: u64,
     /// OOM kills that the CT's memory cgroup counted.
     pub oom_kills: u64,
-    /// Where `status` was read: `pidfd`, `log` or `reboot`; `unknown` with the status 255.
+    /// Where `status` was read: `pidfd`, `monitor`, `log` or `reboot`; `unknown` with the status 255.
     pub source: String,
 }

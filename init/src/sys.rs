@@ -832,6 +832,29 @@ pub fn pidfd_wait_status(process: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     Ok((info[0] & PIDFD_INFO_EXIT != 0).then_some(status))
 }
 
+/// Whether the parent has reaped the process; a zombie still takes a signal.
+pub fn pidfd_is_reaped(process: BorrowedFd<'_>) -> bool {
+    // SAFETY: numbers only; a null siginfo means that of kill(2).
+    let result = unsafe {
+        let info = ptr::null::<libc::siginfo_t>();
+        libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), 0, info, 0)
+    };
+    check_long(result).is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// `fork(2)`: whether this is the child. For a process with one thread.
+pub fn fork() -> io::Result<bool> {
+    // SAFETY: as in clone_sibling, no other thread can hold a lock that the child needs.
+    check(unsafe { libc::fork() }).map(|pid| pid == 0)
+}
+
+/// `flock(2)`. The lock belongs to the open file: a forked process shares it, and it is gone when the
+/// last of them has closed it.
+pub fn lock(file: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
+    // SAFETY: numbers only.
+    check(unsafe { libc::flock(file.as_raw_fd(), operation) }).map(drop)
+}
+
 /// Enters the namespaces (`CLONE_NEW*`) of a process.
 pub fn enter_namespaces(process: BorrowedFd<'_>, namespaces: u32) -> io::Result<()> {
     // SAFETY: numbers only; one thread.
@@ -935,6 +958,29 @@ pub fn clone_sibling(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
 }
 
 // --- sockets ---------------------------------------------------------------------------------
+
+/// A non-blocking connection to the `SOCK_STREAM` socket with an abstract name.
+pub fn connect_abstract(name: &[u8]) -> io::Result<OwnedFd> {
+    // SAFETY: an all-zero sockaddr_un is valid.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    if name.len() >= address.sun_path.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    // The name begins with a NUL and ends with the address.
+    for (to, from) in address.sun_path.iter_mut().skip(1).zip(name) {
+        *to = *from as libc::c_char;
+    }
+    let length = std::mem::offset_of!(libc::sockaddr_un, sun_path) + 1 + name.len();
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: numbers only.
+    let socket = own(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
+    // SAFETY: the kernel reads `length` bytes, which lie inside the address.
+    check(unsafe {
+        libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length as libc::socklen_t)
+    })?;
+    Ok(socket)
+}
 
 /// A connection to a `SOCK_SEQPACKET` socket.
 pub fn connect_seqpacket(path: &str) -> io::Result<OwnedFd> {

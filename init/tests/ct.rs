@@ -756,6 +756,19 @@ fn an_oom_kill_is_counted() {
     assert!(record.contains("\"oom_kills\":1,"), "{record}");
 }
 
+/// A workload that may reboot its pid namespace and does so.
+fn rebooting(command: &str) -> ContainerSetup {
+    let mut setup = setup(&["sh", "-c", &format!("{command}; sleep 10")]);
+    let boot = DEFAULT_CAPS | 1 << 22;
+    setup.process.capabilities = Capabilities {
+        bounding: boot,
+        effective: boot,
+        permitted: boot,
+        ..Capabilities::default()
+    };
+    setup
+}
+
 #[test]
 fn reboot_and_halt_are_exits() {
     needs_ct!();
@@ -763,17 +776,118 @@ fn reboot_and_halt_are_exits() {
         [("reboot -f", 129, "reboot"), ("halt -f", 130, "log"), ("poweroff -f", 130, "log")]
     {
         let mut ct = Ct::new();
-        let mut setup = setup(&["sh", "-c", &format!("{command}; sleep 10")]);
-        let boot = DEFAULT_CAPS | 1 << 22;
-        setup.process.capabilities = Capabilities {
-            bounding: boot,
-            effective: boot,
-            permitted: boot,
-            ..Capabilities::default()
-        };
-        ct.run(&setup, &[]);
+        ct.run(&rebooting(command), &[]);
         assert_record(&ct, status, &[source]);
     }
+}
+
+#[test]
+fn the_watcher_hears_the_exact_status() {
+    needs_ct!();
+    for (script, status) in [("exit 0", 0), ("exit 7", 7), ("exit 137", 137), ("exit 255", 255)] {
+        let mut ct = Ct::without_log();
+        let _monitor = Monitor::start(&ct);
+        ct.run(&setup(&["sh", "-c", script]), &[]);
+        assert_eq!(ct.watcher(), None);
+        ct.record_without_pidfd();
+        assert_record(&ct, status, &["monitor"]);
+    }
+    let mut ct = Ct::without_log();
+    let _monitor = Monitor::start(&ct);
+    ct.start(&setup(&["sleep", "1000"]));
+    ct.kill(libc::SIGKILL);
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 137, &["monitor"]);
+}
+
+#[test]
+fn the_watcher_knows_a_halt_that_the_pidfd_does_not() {
+    needs_ct!();
+    for (command, status, source) in [("reboot -f", 129, "reboot"), ("poweroff -f", 130, "monitor")]
+    {
+        let mut ct = Ct::without_log();
+        let _monitor = Monitor::start(&ct);
+        ct.run(&rebooting(command), &[]);
+        assert_record(&ct, status, &[source]);
+    }
+}
+
+#[test]
+fn a_watcher_that_comes_too_late_for_the_zombie_has_the_status() {
+    needs_ct!();
+    let mut ct = Ct::without_log();
+    let _monitor = Monitor::start(&ct);
+    ct.start(&setup(&["sh", "-c", "trap 'exit 42' TERM; while :; do sleep 0.01; done"]));
+    let watcher = ct.watcher().expect("no watcher") as i32;
+    // SAFETY: numbers only; the watcher does not end before PID 1 does.
+    unsafe { libc::kill(watcher, libc::SIGSTOP) };
+    ct.kill(libc::SIGTERM);
+    let process = format!("/proc/{}", ct.pid);
+    eventually("PID 1 is reaped", || !std::path::Path::new(&process).exists());
+    // SAFETY: as above; it is stopped.
+    unsafe { libc::kill(watcher, libc::SIGCONT) };
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 42, &["monitor"]);
+}
+
+#[test]
+fn a_slow_lxc_start_is_waited_for() {
+    needs_ct!();
+    let mut ct = Ct::without_log();
+    let _monitor = Monitor::start(&ct);
+    ct.start(&setup(&["sleep", "1000"]));
+    ct.signal_lxc(libc::SIGSTOP);
+    ct.kill(libc::SIGKILL);
+    // Longer than the watcher waits for a status that is on its way.
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert!(ct.watcher().is_some(), "the watcher has given up");
+    ct.signal_lxc(libc::SIGCONT);
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 137, &["monitor"]);
+}
+
+#[test]
+fn the_watcher_outlives_lxc_monitord() {
+    needs_ct!();
+    let mut ct = Ct::without_log();
+    let monitor = Monitor::start(&ct);
+    ct.start(&setup(&["sleep", "1000"]));
+    drop(monitor);
+    let monitor = Monitor::start(&ct);
+    eventually("the watcher is connected again", || monitor.sockets() == 2);
+    ct.kill(libc::SIGKILL);
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 137, &["monitor"]);
+}
+
+#[test]
+fn what_nobody_tells_is_unknown() {
+    needs_ct!();
+    let mut ct = Ct::without_log();
+    ct.run(&setup(&["sh", "-c", "exit 7"]), &[]);
+    assert_eq!(ct.watcher(), None);
+    ct.record_without_pidfd();
+    assert_record(&ct, 255, &["unknown"]);
+}
+
+#[test]
+fn a_log_needs_no_watcher() {
+    needs_ct!();
+    let mut ct = Ct::new();
+    ct.start(&setup(&["sleep", "1000"]));
+    assert_eq!(ct.watcher(), None);
+    ct.kill(libc::SIGKILL);
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 137, &["log"]);
+    let mut ct = Ct::new();
+    ct.run(&setup(&["true"]), &[]);
+    ct.record_without_pidfd();
+    assert_record(&ct, 0, &["log"]);
 }
 
 #[test]

@@ -249,7 +249,7 @@ impl Ct {
         for path in ["bin", "etc", "tmp", "proc", "sys", "root"] {
             fs::create_dir_all(rootfs.join(path)).unwrap();
         }
-        fs::create_dir_all(dir.join("lxc")).unwrap();
+        fs::create_dir_all(dir.join("lxc").join(&name)).unwrap();
         fs::create_dir_all(dir.join("ctl")).unwrap();
         fs::set_permissions(rootfs.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
         fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
@@ -273,14 +273,33 @@ impl Ct {
              lxc.init.cmd = /dev/.proxmox-shim/init init\n\
              lxc.hook.version = 1\n\
              lxc.hook.stop = {BINARY} hook stop {dir}\n\
+             lxc.hook.start-host = {BINARY} hook start-host {dir}\n\
              lxc.hook.post-stop = {BINARY} hook post-stop\n\
              lxc.log.level = INFO\nlxc.log.file = {dir}/lxc.log\n",
             rootfs = rootfs.display(),
             dir = dir.display(),
         );
-        fs::write(dir.join("lxc.conf"), config).unwrap();
         let listener = listen(&dir.join("ctl").join(SOCKET_NAME));
-        Self { dir, name, pid: 0, lxc: None, listener, socket: None }
+        let ct = Self { dir, name, pid: 0, lxc: None, listener, socket: None };
+        fs::write(ct.config(), config).unwrap();
+        ct
+    }
+
+    /// One whose lxc-start writes no log, as that of LXC 6.
+    pub fn without_log() -> Self {
+        let ct = Self::new();
+        let config = fs::read_to_string(ct.config()).unwrap();
+        let (config, _) = config.split_once("lxc.log.").unwrap();
+        fs::write(ct.config(), config).unwrap();
+        ct
+    }
+
+    fn lxc_path(&self) -> PathBuf {
+        self.dir.join("lxc")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.lxc_path().join(&self.name).join("config")
     }
 
     pub fn rootfs(&self) -> PathBuf {
@@ -292,9 +311,7 @@ impl Ct {
         let output = File::create(self.dir.join("lxc-start.out")).unwrap();
         let child = Command::new("lxc-start")
             .args(["-F", "-n", &self.name, "-P"])
-            .arg(self.dir.join("lxc"))
-            .arg("-f")
-            .arg(self.dir.join("lxc.conf"))
+            .arg(self.lxc_path())
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)
@@ -441,6 +458,29 @@ impl Ct {
         fs::read_to_string(self.dir.join("exit.json")).expect("no exit.json")
     }
 
+    /// The watcher's pid, if there is one.
+    pub fn watcher(&self) -> Option<u32> {
+        let line = format!("{BINARY}\0hook\0start-host\0{}\0", self.dir.display());
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|l| l == line.as_bytes())
+        })
+    }
+
+    /// The record as the stop hook writes it where the kernel says nothing: its caller is not
+    /// lxc-start here.
+    pub fn record_without_pidfd(&self) -> String {
+        let mut hook = Command::new(BINARY);
+        hook.args(["hook", "stop"]).arg(&self.dir).env("LXC_TARGET", "stop");
+        assert!(hook.status().unwrap().success());
+        self.record()
+    }
+
+    pub fn signal_lxc(&self, signal: i32) {
+        // SAFETY: numbers only; it is this process's child.
+        check(unsafe { libc::kill(self.lxc.as_ref().unwrap().id() as i32, signal) });
+    }
+
     pub fn kill(&self, signal: i32) {
         // SAFETY: numbers only.
         check(unsafe { libc::kill(self.pid, signal) });
@@ -556,6 +596,49 @@ impl Drop for Ct {
             eprintln!("{}", fs::read_to_string(self.dir.join("lxc.log")).unwrap_or_default());
         }
         let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// The lxc-monitord of a CT's LXC path.
+pub struct Monitor(Child, PathBuf);
+
+impl Monitor {
+    pub fn start(ct: &Ct) -> Self {
+        let path = ct.lxc_path();
+        let mut command = Command::new("/usr/libexec/lxc/lxc-monitord");
+        let child = command.arg("--daemon").arg(&path).spawn().unwrap();
+        let monitor = Self(child, path);
+        eventually("lxc-monitord listens", || monitor.sockets() > 0);
+        monitor
+    }
+
+    /// The listening one and one for each listener.
+    pub fn sockets(&self) -> usize {
+        let end = format!("/{}", self.1.display());
+        let table = fs::read_to_string("/proc/net/unix").unwrap();
+        table.lines().filter(|l| l.contains(" @lxc/") && l.ends_with(&end)).count()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // SAFETY: numbers only. SIGTERM makes it remove its FIFO.
+        unsafe { libc::kill(self.0.id() as i32, libc::SIGTERM) };
+        let _ = self.0.wait();
+        let run = format!("/run/lxc/{}", self.1.display());
+        for directory in Path::new(&run).ancestors().take_while(|d| *d != Path::new("/run/lxc")) {
+            if fs::remove_dir(directory).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

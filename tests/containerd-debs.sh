@@ -1,11 +1,13 @@
 #!/bin/bash
-# Unpacks the containerd of other Debian releases below target/containerd/<suite>/ without touching
-# the system: a private apt configuration, nothing is installed, no daemon is started.
+# Unpacks the containerd of other Debian releases, and the LXC of Debian 13, below
+# target/containerd/<suite>/ without touching the system: a private apt configuration, nothing is
+# installed, no daemon is started.
 #
 # usage: tests/containerd-debs.sh [bookworm|trixie|sid ...]
 #
 # <suite>/bin holds what the test harness wants in E2E_CONTAINERD: containerd, ctr,
-# containerd-shim-runc-v2 and runc, runnable on this machine.
+# containerd-shim-runc-v2 and runc, runnable on this machine, and for trixie lxc-start and lxc-stop of
+# LXC 6 (the later one of sid may not know this machine's cgroup version).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -60,10 +62,27 @@ runs_here() {
 	"$1" --version >/dev/null 2>&1 || "$1" -v >/dev/null 2>&1
 }
 
+# LXC with all libraries it needs: its own libc too, so that it runs on an older system.
+unpack_lxc() {
+	local tree=$1 program
+	unpack "$tree/lxc" lxc liblxc1t64 libc6 libgcc-s1 libapparmor1 libcap2 libdbus-1-3 libpcre2-8-0 \
+		libseccomp2 libselinux1 libsystemd0
+	for program in lxc-start lxc-stop; do
+		cat >"$tree/bin/$program" <<-EOF
+			#!/bin/sh
+			root=$tree/lxc/usr
+			set -- --argv0 $program "\$root/bin/$program" "\$@"
+			exec "\$root"/lib/*/ld-linux-*.so.* --library-path "\$(echo "\$root"/lib/*-linux-gnu)" "\$@"
+		EOF
+		chmod 0755 "$tree/bin/$program"
+		runs_here "$tree/bin/$program"
+	done
+}
+
 fetch() {
 	local suite=$1 address=$2
 	local tree=$target/$suite
-	if [[ -e $tree/complete ]]; then
+	if [[ -e $tree/complete && ($suite != trixie || -e $tree/lxc) ]]; then
 		echo "$suite: containerd $(cat "$tree/complete") (cached)"
 		return
 	fi
@@ -93,6 +112,9 @@ fetch() {
 			return 1
 		fi
 	done
+	if [[ $suite == trixie ]]; then
+		unpack_lxc "$tree"
+	fi
 	private_apt apt-cache show --no-all-versions containerd |
 		sed -n 's/^Version: //p' | head -n 1 >"$tree/complete"
 	rm -rf -- "$work"

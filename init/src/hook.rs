@@ -25,10 +25,11 @@ const MAX_ANCESTORS: usize = 4;
 /// fails: without a status a CT is still a CT.
 pub fn start_host(run_dir: &Path) -> ExitCode {
     let log = read_tail(&run_dir.join(LOG)).unwrap_or_default();
-    if !lines(&log).any(is_information) {
-        if let Err(e) = watch::start(run_dir) {
-            let _ = writeln!(io::stderr(), "watch the CT for {}: {e}", run_dir.display());
-        }
+    if !lines(&log).any(is_information)
+        && let Err(e) = watch::start(run_dir)
+    {
+        // lxc-start writes this into its log.
+        let _ = writeln!(io::stderr(), "watch the CT for {}: {e}", run_dir.display());
     }
     ExitCode::SUCCESS
 }

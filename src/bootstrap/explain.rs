@@ -49,6 +49,7 @@ fn render(explanation: &Explanation) -> Explained {
                 rootfs: plan.root_path.clone(),
                 run_dir: PathBuf::from("/run"),
                 init: PathBuf::from("/init"),
+                keeps_exit_status: true,
                 cgroups: (&explanation.host.cgroups).into(),
                 apparmor: explanation.host.apparmor,
             };

@@ -33,6 +33,8 @@ pub struct Layout {
     pub run_dir: PathBuf,
     /// The node's path of init's binary.
     pub init: PathBuf,
+    /// The kernel keeps the exit status of PID 1 for others than its parent.
+    pub keeps_exit_status: bool,
     pub cgroups: CgroupVersion,
     /// AppArmor is enabled on the node.
     pub apparmor: bool,
@@ -154,6 +156,9 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
     let init = shell_path(absolute(&layout.init)?);
     let run_dir = shell_path(absolute(&layout.run_dir)?);
     config.set("lxc.hook.version", "1")?;
+    if !layout.keeps_exit_status || plan.may_reboot() {
+        config.set("lxc.hook.start-host", &format!("{init} hook start-host {run_dir}"))?;
+    }
     config.set("lxc.hook.stop", &format!("{init} hook stop {run_dir}"))?;
     config.set("lxc.hook.post-stop", &format!("{init} hook post-stop"))?;
 
@@ -161,7 +166,7 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
     cgroup(&mut config, plan, layout.vmid)?;
     devices(&mut config, &plan.device_rules, layout.cgroups)?;
 
-    // The record of the exit status where the kernel keeps none: see init's hook mode.
+    // One source of the exit status where the kernel keeps none: see init's hook mode.
     config.set("lxc.log.level", "INFO")?;
     config.set("lxc.log.file", absolute(&layout.run_dir.join(LOG_NAME))?)?;
     Ok(config.text)

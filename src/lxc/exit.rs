@@ -87,7 +87,15 @@ pub async fn of_init(
             Ok(Some(record)) if record.source == "unknown" && kernels.is_some() => {
                 break Err(Error::NoRecord { path: record_path.to_owned() });
             }
-            Ok(Some(record)) => break Ok(ExitStatus(record.status)),
+            Ok(Some(record)) => {
+                if record.source == "unknown" {
+                    log::warn!(
+                        "{}: neither the kernel nor lxc-start told the exit status",
+                        record_path.display()
+                    );
+                }
+                break Ok(ExitStatus(record.status));
+            }
             Ok(None) if tokio::time::Instant::now() >= deadline => {
                 break Err(Error::NoRecord { path: record_path.to_owned() });
             }

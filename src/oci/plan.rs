@@ -48,6 +48,16 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
+impl Plan {
+    /// Whether a process of the container may call `reboot(2)`, of which only the parent of PID 1
+    /// learns.
+    #[must_use]
+    pub fn may_reboot(&self) -> bool {
+        const CAP_SYS_BOOT: u32 = 22;
+        self.process.capabilities.bounding & (1 << CAP_SYS_BOOT) != 0
+    }
+}
+
 /// Where each namespace of the container comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Namespaces {

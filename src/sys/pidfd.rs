@@ -4,7 +4,7 @@
 //! pid hits a stranger. So the shim signals through pidfds only.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::libc;
 
@@ -89,6 +89,24 @@ pub fn exit_info(pidfd: BorrowedFd<'_>) -> io::Result<Info> {
     }
 }
 
+/// Whether the kernel keeps the exit status of a process for all who hold its pidfd (6.15).
+///
+/// 6.13 and 6.14 know the call, and a living process looks the same to them.
+#[must_use]
+pub fn keeps_exit_status() -> bool {
+    const SINCE: (u32, u32) = (6, 15);
+    let asked = open(std::process::id().cast_signed()).and_then(|own| exit_info(own.as_fd()));
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    asked.is_ok_and(|info| info == Info::Running)
+        && kernel_version(&release).is_some_and(|version| version >= SINCE)
+}
+
+/// The first two numbers of `6.12.48+deb13-amd64`.
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
 /// Reaps a child of this process by pidfd; `None` while it runs.
 ///
 /// # Errors
@@ -132,7 +150,6 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
     use std::process::Command;
 
     fn ended(script: &str) -> (OwnedFd, std::process::Child) {
@@ -166,6 +183,29 @@ mod tests {
                 Info::Unsupported => {}
                 Info::Running => panic!("{script}: reaped but running"),
             }
+        }
+    }
+
+    #[test]
+    fn the_kernel_keeps_what_it_is_said_to_keep() {
+        let (fd, mut child) = ended("exit 3");
+        child.wait().unwrap();
+        let kept = exit_info(fd.as_fd()).unwrap() == Info::Exited(ExitStatus(3));
+        assert_eq!(keeps_exit_status(), kept);
+    }
+
+    #[test]
+    fn kernel_versions_are_read() {
+        for (release, version) in [
+            ("6.12.48+deb13-amd64\n", Some((6, 12))),
+            ("6.15.0\n", Some((6, 15))),
+            ("6.8-rc1", Some((6, 8))),
+            ("7.0", Some((7, 0))),
+            ("", None),
+            ("6", None),
+            ("x6.1", None),
+        ] {
+            assert_eq!(kernel_version(release), version, "{release}");
         }
     }
 

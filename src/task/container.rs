@@ -611,7 +611,7 @@ impl Actor {
     fn watch_init(&mut self) {
         let Some(ct) = self.ct.clone() else { return };
         self.job(async move {
-            let result = exit::of_init(&ct.pidfd, &ct.dir.exit(), ct.may_reboot()).await;
+            let result = exit::of_init(&ct.pidfd, &ct.dir.exit(), ct.plan.may_reboot()).await;
             let oom_kills = ct.oom_kills_at_exit(result.as_ref().ok()).await;
             if ct.shares_pids() {
                 // Without an own pid namespace nothing else ends what init left behind.

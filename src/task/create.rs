@@ -283,6 +283,7 @@ impl Building {
             rootfs: plan.root_path.clone(),
             run_dir: self.dir.path().to_owned(),
             init: self.env.init_path.clone(),
+            keeps_exit_status: sys::pidfd::keeps_exit_status(),
             cgroups: (&self.env.host.cgroups).into(),
             apparmor: self.env.host.apparmor,
         };
@@ -371,14 +372,6 @@ impl RunningCt {
             bundle: &self.bundle,
             annotations: &self.plan.annotations,
         }
-    }
-
-    /// Whether a process of the container may call `reboot(2)`, which the kernel's exit status
-    /// hides.
-    #[must_use]
-    pub fn may_reboot(&self) -> bool {
-        const CAP_SYS_BOOT: u32 = 22;
-        self.plan.process.capabilities.bounding & (1 << CAP_SYS_BOOT) != 0
     }
 
     /// Whether other processes outlive the container's init.

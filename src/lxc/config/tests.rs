@@ -11,6 +11,7 @@ fn layout() -> Layout {
         rootfs: "/run/containerd/task/default/web/rootfs".into(),
         run_dir: "/run/containerd-shim-proxmox/default/web".into(),
         init: "/usr/libexec/containerd-shim-proxmox/proxmox-shim-init".into(),
+        keeps_exit_status: true,
         cgroups: CgroupVersion::V2,
         apparmor: true,
     }
@@ -54,6 +55,18 @@ fn snapshot_of_ctr_s_default() {
 #[test]
 fn snapshot_of_a_privileged_container() {
     assert_snapshot("privileged", &render(&plan(PRIVILEGED), &layout()).unwrap());
+}
+
+#[test]
+fn who_else_tells_the_exit_status_is_asked_only_if_needed() {
+    let has = |fixture, layout: &Layout| {
+        let text = render(&plan(fixture), layout).unwrap();
+        text.contains("\nlxc.hook.start-host = /")
+    };
+    assert!(!has(DEFAULT, &layout()));
+    assert!(has(DEFAULT, &Layout { keeps_exit_status: false, ..layout() }));
+    // It may reboot.
+    assert!(has(PRIVILEGED, &layout()));
 }
 
 #[test]
@@ -215,17 +228,20 @@ proptest! {
         plan.process.args = vec![hostname];
         plan.device_rules[3].access = access;
         let layout = Layout {
+            keeps_exit_status: false,
             rootfs: rootfs.into(), run_dir: run_dir.into(), init: init.into(), ..layout()
         };
         let Ok(text) = render(&plan, &layout) else { return Ok(()) };
         let reference = render(&super::tests::plan(DEFAULT), &super::tests::layout()).unwrap();
-        // One line more than the reference: the joined network namespace.
-        prop_assert_eq!(text.lines().count(), reference.lines().count() + 1);
+        // Two lines more than the reference: the joined network namespace and a hook.
+        prop_assert_eq!(text.lines().count(), reference.lines().count() + 2);
         for line in text.split(['\n', '\r', '\u{b}', '\u{c}']).filter(|line| !line.is_empty()) {
             let key = line.split_once(" =").unwrap().0;
             prop_assert!(is_known_key(key), "{}", key);
         }
         prop_assert_eq!(text.matches("\nlxc.mount.entry = ").count(), 3);
-        prop_assert_eq!(text.matches("\nlxc.hook.stop = /").count(), 1);
+        for hook in ["start-host", "stop"] {
+            prop_assert_eq!(text.matches(&format!("\nlxc.hook.{hook} = /")).count(), 1);
+        }
     }
 }

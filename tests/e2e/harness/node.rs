@@ -445,7 +445,8 @@ impl Node {
             let is_shim = line.contains("containerd-shim-")
                 && line.contains(&root)
                 && line.split(' ').any(|word| word.starts_with(prefix));
-            if (is_shim || cgroup.contains(&mine)) && process::is_alive(pid) {
+            let is_hook = line.contains("proxmox-shim-init hook ") && line.contains(&mine);
+            if (is_shim || is_hook || cgroup.contains(&mine)) && process::is_alive(pid) {
                 note("process", &format!("{pid} {line}"));
             }
         }

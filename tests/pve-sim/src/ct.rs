@@ -23,9 +23,9 @@ use crate::generate::{Generated, generate};
 use crate::lxc::{self, Command, State};
 use crate::node::{Node, write_file};
 use crate::profile::Step;
+use crate::sys;
 use crate::sys::Unit;
 use crate::task::Task;
-use crate::{proc, sys};
 
 /// How long a task waits for the pid of a CT: as long as a busy machine may need.
 const PID_WAIT: Duration = Duration::from_secs(5);
@@ -244,8 +244,7 @@ impl Node {
     fn set_active(&self, ct: &Ct, child: &Child) {
         let pid = child.pid;
         ct.unit.send_replace(UnitState::Active { pid });
-        let start = proc::start_ticks(pid).unwrap_or(0);
-        let _ = fs::write(self.paths.units.join(ct.vmid.to_string()), format!("{pid} {start}\n"));
+        self.record_unit(&ct.vmid.to_string(), pid);
     }
 
     /// Runs `lxc-start` as systemd would: nothing inherited but a log for its errors.
@@ -439,7 +438,7 @@ impl Node {
     }
 
     /// Ends all CTs and removes what they left on the host.
-    pub async fn shut_down(&self) {
+    pub async fn shut_down(self: &Arc<Self>) {
         let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
         for ct in &active {
             let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));
@@ -457,6 +456,8 @@ impl Node {
             }
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;
         }
+        let node = self.clone();
+        let _ = tokio::task::spawn_blocking(move || node.stop_monitord()).await;
         self.cgroups.remove_parents();
     }
 

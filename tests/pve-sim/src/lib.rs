@@ -19,6 +19,7 @@ pub mod generate;
 mod golden;
 pub mod http;
 pub mod lxc;
+pub mod monitord;
 pub mod node;
 pub mod params;
 pub mod proc;

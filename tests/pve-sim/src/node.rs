@@ -15,6 +15,7 @@ use crate::cgroup::Cgroups;
 use crate::conf::{self, Config};
 use crate::ct::Ct;
 use crate::generate::Host;
+use crate::monitord::Monitord;
 use crate::profile::{Profile, Step};
 use crate::task::Tasks;
 use crate::{proc, sys};
@@ -56,6 +57,9 @@ pub enum StartError {
     /// Another simulator uses the directory.
     #[error("{0} is in use by another pve-sim; choose another --root")]
     InUse(PathBuf),
+    /// The node's lxc-monitord does not run.
+    #[error("cannot run lxc-monitord: {0}; it is in the package lxc (Debian: liblxc-common)")]
+    Monitord(io::Error),
     /// A token file is there but has another form.
     #[error("{0} does not have the form USER@REALM!TOKEN=UUID; remove it")]
     BadToken(PathBuf),
@@ -116,6 +120,7 @@ pub struct Node {
     cts: Mutex<HashMap<u32, Arc<Ct>>>,
     resources: Mutex<Option<(Instant, Json)>>,
     cpu_samples: Mutex<HashMap<u32, (Instant, Duration)>>,
+    monitord: Mutex<Option<Monitord>>,
     _lock: File,
 }
 
@@ -162,10 +167,32 @@ impl Node {
             cts: Mutex::default(),
             resources: Mutex::default(),
             cpu_samples: Mutex::default(),
+            monitord: Mutex::default(),
             _lock: file,
         };
         node.end_leftovers();
+        node.start_monitord()?;
         Ok(Arc::new(node))
+    }
+
+    fn start_monitord(&self) -> Result<(), StartError> {
+        let stderr = self.paths.log.join("lxc-monitord.stderr");
+        let monitord = Monitord::start(&self.paths.lxc, &stderr).map_err(StartError::Monitord)?;
+        self.record_unit("lxc-monitord", monitord.pid());
+        *lock(&self.monitord) = Some(monitord);
+        Ok(())
+    }
+
+    /// Ends the node's lxc-monitord.
+    pub(crate) fn stop_monitord(&self) {
+        drop(lock(&self.monitord).take());
+        let _ = fs::remove_file(self.paths.units.join("lxc-monitord"));
+    }
+
+    /// Notes the main process of a unit for [`Self::end_leftovers`].
+    pub(crate) fn record_unit(&self, name: &str, pid: u32) {
+        let start = proc::start_ticks(pid).unwrap_or(0);
+        let _ = fs::write(self.paths.units.join(name), format!("{pid} {start}\n"));
     }
 
     /// The running state of a CT; made on first use.

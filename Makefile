@@ -18,12 +18,13 @@ OUT := target/release
 
 BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
 RUN_PACKAGES := containerd runc lxc busybox-static iproute2 curl jq
+VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 
-.PHONY: help build demo test bench lint install clean deps-build deps-run root
+.PHONY: help build demo test test-vm bench lint install clean deps-build deps-run deps-vm root
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 build: deps-build ## Build the shim, init (static) and the Proxmox VE simulator
 	$(CARGO) build --release --locked -p containerd-shim-proxmox-v2 -p pve-sim
@@ -42,6 +43,9 @@ demo: root deps-run build ## See containers run as Proxmox CTs, from hello world
 
 test: root deps-run build ## Unit tests, then the end-to-end suites on three containerd releases
 	@tests/run.sh
+
+test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=name runs only some
+	@tests/vm.sh $(E2E)
 
 bench: root deps-run build ## Measure the shim beside containerd-shim-runc-v2
 	@E2E_BIN=$(CURDIR)/$(OUT) $(CARGO) bench --locked --bench shims
@@ -78,6 +82,9 @@ deps-build:
 
 deps-run:
 	@tests/deps.sh $(RUN_PACKAGES)
+
+deps-vm:
+	@tests/deps.sh $(VM_PACKAGES)
 
 deps-lint:
 	@tests/deps.sh $(LINT_PACKAGES)

@@ -15,15 +15,6 @@ target=$PWD/target/containerd
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 (($#)) || set -- bookworm trixie sid
 
-# The address of the mirror this machine uses for Debian itself.
-mirror() {
-	{
-		sed -n 's/^URIs:[[:space:]]*//p' /etc/apt/sources.list.d/*.sources 2>/dev/null || true
-		sed -n 's/^deb[[:space:]]\+\(\[[^]]*\][[:space:]]\+\)\?\([^[:space:]]\+\).*/\2/p' \
-			/etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null || true
-	} | tr ' ' '\n' | grep -m 1 -E '/debian/?$' || true
-}
-
 # Runs an apt tool with directories of its own.
 private_apt() {
 	local tool=$1
@@ -121,11 +112,7 @@ fetch() {
 	echo "$suite: containerd $(cat "$tree/complete")"
 }
 
-address=$(mirror)
-if [[ -z $address ]]; then
-	echo "no Debian mirror found in this machine's apt sources" >&2
-	exit 1
-fi
+address=$(tests/mirror.sh)
 for suite; do
 	fetch "$suite" "$address"
 done

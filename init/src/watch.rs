@@ -50,7 +50,7 @@ pub fn start(run_dir: &Path) -> io::Result<()> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
         .open(run_dir.join(FILE))?;
-    sys::lock(file.as_fd(), libc::LOCK_EX)?;
+    sys::lock(file.as_fd(), libc::LOCK_EX | libc::LOCK_NB)?;
     let socket = socket_name(lxc_path);
     let connection = Connection::new(&socket).ok();
     let null = File::options().read(true).write(true).open("/dev/null")?;

@@ -133,7 +133,7 @@ build_image() {
 
 # The path of the compiled suites.
 suites() {
-	cargo test --locked --test e2e --no-run --message-format=json 2>"$log/cargo.log" |
+	cargo test --release --locked --test e2e --no-run --message-format=json 2>"$log/cargo.log" |
 		sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' || {
 		tail -n 20 "$log/cargo.log" >&2
 		return 1
@@ -146,7 +146,7 @@ guest() {
 		#!/bin/sh
 		export HOME=/root PATH=/usr/sbin:/usr/bin LANG=C.UTF-8
 		export E2E_BIN=/opt/e2e E2E_PROBE=/opt/e2e/probe E2E_LOGS=/mnt/e2e-logs
-		export E2E_CONTAINERD= RUST_BACKTRACE=0
+		export E2E_UNITS=systemd E2E_CONTAINERD= RUST_BACKTRACE=0
 		exec >/mnt/output 2>&1
 		cp -r /mnt/bin /opt/e2e
 		profile=\$(sed -n 's,^/usr/bin/lxc-start (\(.*\)),\1,p' /sys/kernel/security/apparmor/profiles)
@@ -188,12 +188,12 @@ boot() {
 		-accel "$(accelerator)" -cpu max -smp 2 -m 2048
 		-nodefaults -display none -no-reboot -nic none
 		-kernel "$vm/kernel" -initrd "$vm/initrd"
-		-append 'root=/dev/vda rw console=ttyS0 panic=-1 systemd.show_status=0 loglevel=4'
+		-append 'root=/dev/vda rw console=ttyS0 panic=-1 systemd.show_status=0 loglevel=4 systemd.tty.term.console=dumb systemd.tty.term.ttyS0=dumb'
 		-drive "file=$vm/disk,format=raw,if=virtio,snapshot=on,cache=unsafe"
 		-virtfs "local,path=$work/share,mount_tag=host,security_model=none"
 		-serial "file:$log/console"
 	)
-	TMPDIR=$work nice qemu-system-x86_64 "${machine[@]}" 2>"$log/qemu" &
+	TMPDIR=$work qemu-system-x86_64 "${machine[@]}" 2>"$log/qemu" &
 	qemu=$!
 	tail -n +1 -f --pid="$qemu" "$work/share/output" &
 	reader=$!

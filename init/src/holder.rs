@@ -14,8 +14,7 @@ use crate::container;
 use crate::error::{Attempt, Error, Result, quote};
 use crate::process;
 use crate::protocol::{
-    Capabilities, EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, ExecCpuAffinity, HolderSetup,
-    Process, Reply, Request,
+    EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, HolderSetup, Process, Reply, Request,
 };
 use crate::socket::{Channel, read_setup};
 use crate::sys::{self, Cloned};
@@ -148,24 +147,12 @@ fn prepare(channel: &Channel, setup: &HolderSetup) -> Result<()> {
 /// The pod's user and nothing else.
 fn unprivileged(setup: &HolderSetup) -> Process {
     Process {
-        args: Vec::new(),
-        env: Vec::new(),
-        cwd: "/".to_owned(),
         uid: setup.uid,
         gid: setup.gid,
         additional_gids: setup.additional_gids.clone(),
-        umask: None,
-        capabilities: Capabilities::default(),
-        rlimits: Vec::new(),
         no_new_privileges: true,
         oom_score_adj: setup.oom_score_adj,
-        apparmor_profile: None,
-        seccomp: None,
-        scope_abstract_sockets: false,
-        terminal: None,
-        scheduler: None,
-        io_priority: None,
-        exec_cpu_affinity: ExecCpuAffinity::default(),
+        ..Process::default()
     }
 }
 

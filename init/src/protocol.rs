@@ -251,7 +251,7 @@ pub struct Hook {
 }
 
 /// An OCI process, with nothing left to look up on the host.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Process {
     /// Not empty.
     pub args: Vec<String>,

@@ -852,6 +852,16 @@ pub fn pidfd_wait_status(process: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     Ok((info[0] & PIDFD_INFO_EXIT != 0).then_some(status))
 }
 
+/// Whether the parent has reaped the process; a zombie still takes a signal.
+pub fn pidfd_is_reaped(process: BorrowedFd<'_>) -> bool {
+    // SAFETY: numbers only; a null siginfo means that of kill(2).
+    let result = unsafe {
+        let info = ptr::null::<libc::siginfo_t>();
+        libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), 0, info, 0)
+    };
+    check_long(result).is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH))
+}
+
 /// `fork(2)`: whether this is the child. For a process with one thread.
 pub fn fork() -> io::Result<bool> {
     // SAFETY: as in clone_sibling, no other thread can hold a lock that the child needs.

@@ -19,12 +19,12 @@ use crate::sys;
 
 /// The watcher's file in the run directory: locked while it listens, then the wait status.
 const FILE: &str = "watch";
-/// How long after the end of PID 1 lxc-start may take to tell.
-const GRACE: Duration = Duration::from_secs(1);
+/// How long it may take until the watcher hears what lxc-start tells at once when it has reaped PID 1.
+const GRACE: Duration = Duration::from_secs(3);
 /// How long the stop hook waits for the watcher, which has to give up first.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two attempts to reach an lxc-monitord that is being restarted.
-const RECONNECT: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_secs(4);
+/// Between two looks for an lxc-monitord that is being restarted, and for the reaping of PID 1.
+const INTERVAL: Duration = Duration::from_millis(50);
 const LOCK_POLL: Duration = Duration::from_millis(1);
 
 /// LXC's `struct lxc_msg`: the type, the container's name, and a value that depends on the type.
@@ -50,7 +50,7 @@ pub fn start(run_dir: &Path) -> io::Result<()> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
         .open(run_dir.join(FILE))?;
-    sys::lock(file.as_fd(), libc::LOCK_EX)?;
+    sys::lock(file.as_fd(), libc::LOCK_EX | libc::LOCK_NB)?;
     let socket = socket_name(lxc_path);
     let connection = Connection::new(&socket).ok();
     let null = File::options().read(true).write(true).open("/dev/null")?;
@@ -85,53 +85,54 @@ pub fn wait_status(run_dir: &Path) -> Option<i32> {
     text.trim_end().parse().ok()
 }
 
-/// Listens until the status is told, or PID 1 has ended and the status can't come any more.
+/// Listens until the status is told, or PID 1 has been reaped and the status can't come any more.
 fn listen(
     mut connection: Option<Connection>,
     socket: &[u8],
     name: &str,
     init: &OwnedFd,
 ) -> io::Result<Option<i32>> {
+    let interval = INTERVAL.as_millis() as i32;
+    // A pidfd stays readable for ever.
+    let mut ended = false;
     let mut deadline: Option<Instant> = None;
-    loop {
-        if deadline.is_some_and(|d| Instant::now() >= d) {
-            return Ok(None);
-        }
-        let Some(monitor) = &mut connection else {
-            std::thread::sleep(RECONNECT);
-            connection = Connection::new(socket).ok();
-            if deadline.is_none() && sys::poll_readable([init.as_fd()], 0)?[0] {
-                deadline = Some(Instant::now() + GRACE);
-            }
-            continue;
-        };
-        let told = match deadline {
-            // A pidfd stays readable for ever.
-            Some(deadline) => {
-                let rest = deadline.saturating_duration_since(Instant::now());
-                sys::poll_readable([monitor.0.as_fd()], rest.as_millis() as i32 + 1)?[0]
-            }
-            None => {
-                let [told, ended] = sys::poll_readable([monitor.0.as_fd(), init.as_fd()], -1)?;
-                if ended {
-                    deadline = Some(Instant::now() + GRACE);
-                }
+    while deadline.is_none_or(|d| Instant::now() < d) {
+        let told = match (&connection, ended) {
+            (Some(monitor), false) => {
+                let fds = [monitor.0.as_fd(), init.as_fd()];
+                let [told, now_ended] = sys::poll_readable(fds, -1)?;
+                ended = now_ended;
                 told
             }
-        };
-        if !told {
-            continue;
-        }
-        match monitor.receive() {
-            Ok(messages) => {
-                if let Some(status) = messages.iter().find_map(|m| exit_code(m, name)) {
-                    return Ok(Some(status));
-                }
+            (Some(monitor), true) => sys::poll_readable([monitor.0.as_fd()], interval)?[0],
+            (None, false) => {
+                [ended] = sys::poll_readable([init.as_fd()], interval)?;
+                false
             }
-            // It has ended, or is being restarted.
-            Err(_) => connection = None,
+            (None, true) => {
+                std::thread::sleep(INTERVAL);
+                false
+            }
+        };
+        // Its parent may be slow, or stopped.
+        if ended && deadline.is_none() && sys::pidfd_is_reaped(init.as_fd()) {
+            deadline = Some(Instant::now() + GRACE);
+        }
+        match &mut connection {
+            Some(monitor) if told => match monitor.receive() {
+                Ok(messages) => {
+                    if let Some(status) = messages.iter().find_map(|m| exit_code(m, name)) {
+                        return Ok(Some(status));
+                    }
+                }
+                // It has ended, or is being restarted.
+                Err(_) => connection = None,
+            },
+            Some(_) => {}
+            None => connection = Connection::new(socket).ok(),
         }
     }
+    Ok(None)
 }
 
 /// A connection to lxc-monitord and what has come of the next message.

@@ -833,6 +833,23 @@ fn a_watcher_that_comes_too_late_for_the_zombie_has_the_status() {
 }
 
 #[test]
+fn a_slow_lxc_start_is_waited_for() {
+    needs_ct!();
+    let mut ct = Ct::without_log();
+    let _monitor = Monitor::start(&ct);
+    ct.start(&setup(&["sleep", "1000"]));
+    ct.signal_lxc(libc::SIGSTOP);
+    ct.kill(libc::SIGKILL);
+    // Longer than the watcher waits for a status that is on its way.
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert!(ct.watcher().is_some(), "the watcher has given up");
+    ct.signal_lxc(libc::SIGCONT);
+    ct.wait();
+    ct.record_without_pidfd();
+    assert_record(&ct, 137, &["monitor"]);
+}
+
+#[test]
 fn the_watcher_outlives_lxc_monitord() {
     needs_ct!();
     let mut ct = Ct::without_log();

@@ -479,6 +479,11 @@ impl Ct {
         self.record()
     }
 
+    pub fn signal_lxc(&self, signal: i32) {
+        // SAFETY: numbers only; it is this process's child.
+        check(unsafe { libc::kill(self.lxc.as_ref().unwrap().id() as i32, signal) });
+    }
+
     pub fn kill(&self, signal: i32) {
         // SAFETY: numbers only.
         check(unsafe { libc::kill(self.pid, signal) });

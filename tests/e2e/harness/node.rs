@@ -24,6 +24,8 @@ pub struct Setting {
     pub containerd: Option<PathBuf>,
     /// `E2E_BIN`: the directory with the shim, init and simulator.
     pub bin: PathBuf,
+    /// `E2E_UNITS`: who runs the simulated node's containers, `simulator` or `systemd`.
+    pub units: String,
     /// `E2E_ROOT`: the directory for temporary directories; it must be short, for socket paths.
     pub root: PathBuf,
     /// `E2E_LOGS`: where the logs of a failed run are kept.
@@ -53,6 +55,7 @@ impl Setting {
                 .unwrap_or_else(|_| "io.containerd.proxmox.v2".to_owned()),
             containerd: path("E2E_CONTAINERD"),
             bin,
+            units: std::env::var("E2E_UNITS").unwrap_or_else(|_| "simulator".to_owned()),
             root: path("E2E_ROOT").unwrap_or_else(|| PathBuf::from("/tmp")),
             logs: path("E2E_LOGS").unwrap_or_else(|| target.join("e2e-logs")),
             vmids,
@@ -193,7 +196,7 @@ impl Node {
             let limited = node.options.without_pidfd_info;
             let pve =
                 Pve::start(&setting.program("pve-sim"), &node.root.join("sim"), profile, |c| {
-                    c.env("PATH", setting.path());
+                    c.env("PATH", setting.path()).args(["--units", &setting.units]);
                     if limited {
                         sys::without_pidfd_info(c);
                     }

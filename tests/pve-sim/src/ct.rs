@@ -5,7 +5,6 @@
 //! and active until that has ended and its cgroups are gone. This is longer than the API says
 //! `running`, and a start in between fails, as on a real node.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,8 +23,8 @@ use crate::lxc::{self, Command, State};
 use crate::node::{Node, write_file};
 use crate::profile::Step;
 use crate::sys;
-use crate::sys::Unit;
 use crate::task::Task;
+use crate::unit::Main;
 
 /// How long a task waits for the pid of a CT: as long as a busy machine may need.
 const PID_WAIT: Duration = Duration::from_secs(5);
@@ -35,7 +34,7 @@ const PID_WAIT: Duration = Duration::from_secs(5);
 enum UnitState {
     /// No main process. `ran` tells whether the last one had got its container to run.
     Inactive { ran: bool },
-    /// The pid of `lxc-start`.
+    /// The pid of the child that stands for it.
     Active { pid: u32 },
 }
 
@@ -253,20 +252,15 @@ impl Node {
         self.record_unit(&ct.vmid.to_string(), pid);
     }
 
-    /// Runs `lxc-start` as systemd would: nothing inherited but a log for its errors.
+    /// Runs `lxc-start`: nothing inherited but a log for its errors.
     fn spawn(&self, vmid: u32) -> io::Result<Child> {
-        let string = |text: String| CString::new(text).map_err(io::Error::from);
-        let path = self.paths.lxc.display();
-        let args = ["lxc-start", "-F", "-n", &vmid.to_string(), "-P", &path.to_string()];
-        let args: Vec<_> =
-            args.iter().map(|a| string((*a).to_owned())).collect::<Result<_, _>>()?;
-        let env = [
-            c"LANG=C.UTF-8".to_owned(),
-            c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
-        ];
-        let stderr = string(self.stderr_path(vmid).display().to_string())?;
-        let unit = Unit { program: c"lxc-start", args: &args, env: &env, stderr: &stderr };
-        Child::new(sys::spawn(&unit)?)
+        let (vmid_text, path) = (vmid.to_string(), self.paths.lxc.display().to_string());
+        let main = Main {
+            vmid,
+            command: &["lxc-start", "-F", "-n", &vmid_text, "-P", &path],
+            stderr: &self.stderr_path(vmid),
+        };
+        Child::new(self.supervisor.start(&main)?)
     }
 
     async fn supervise(self: Arc<Self>, ct: Arc<Ct>, mut child: Child) {
@@ -471,7 +465,7 @@ impl Node {
                 continue;
             }
             if let UnitState::Active { pid } = *ct.unit.borrow() {
-                let _ = sys::kill(pid, libc::SIGKILL);
+                self.supervisor.kill(ct.vmid, pid);
             }
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;
         }

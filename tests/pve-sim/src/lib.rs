@@ -29,3 +29,4 @@ pub mod profile;
 pub mod sys;
 pub mod task;
 pub mod tls;
+pub mod unit;

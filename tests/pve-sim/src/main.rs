@@ -12,6 +12,7 @@ use pve_sim::http;
 use pve_sim::node::{Node, Options, write_file};
 use pve_sim::profile::{Kind, Profile};
 use pve_sim::tls;
+use pve_sim::unit::Supervisor;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
@@ -30,6 +31,8 @@ Options:
   --listen ADDR      address and port to listen on [127.0.0.1:0; port 0: any free one]
   --node NAME        the node's name [pve1]
   --profile PROFILE  instant: answer at once; node: take as long as a real node [instant]
+  --units WHO        who runs the containers: simulator, or systemd, in transient units with the
+                     settings of pve-container@.service [simulator]
   --time-scale F     factor for the delays of the profile and for time-outs [1.0]
   --help             show this
   --version          show the version
@@ -68,6 +71,7 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
     let mut listen = SocketAddr::from(([127, 0, 0, 1], 0));
     let mut name = "pve1".to_owned();
     let mut profile = Profile { kind: Kind::Instant, scale: 1.0 };
+    let mut supervisor = Supervisor::Simulator;
     while let Some(arg) = args.next() {
         let arg = arg.into_string().map_err(|a| format!("cannot read the argument {a:?}"))?;
         let (option, inline) = match arg.split_once('=') {
@@ -80,7 +84,7 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
         if matches!(option.as_str(), "--version" | "-V") {
             return Ok(Parsed::Print(format!("pve-sim {}\n", env!("CARGO_PKG_VERSION"))));
         }
-        let known = ["--root", "--listen", "--node", "--profile", "--time-scale"];
+        let known = ["--root", "--listen", "--node", "--profile", "--units", "--time-scale"];
         if !known.contains(&option.as_str()) {
             return Err(format!("unknown argument {arg}"));
         }
@@ -100,6 +104,13 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
                     _ => return Err(bad("expected instant or node")),
                 }
             }
+            "--units" => {
+                supervisor = match text().as_str() {
+                    "simulator" => Supervisor::Simulator,
+                    "systemd" => Supervisor::Systemd,
+                    _ => return Err(bad("expected simulator or systemd")),
+                }
+            }
             _ => {
                 profile.scale = text()
                     .parse()
@@ -110,7 +121,7 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
         }
     }
     let root = root.ok_or("--root DIR is required; --help explains it")?;
-    Ok(Parsed::Run(Args { options: Options { root, name, profile }, listen }))
+    Ok(Parsed::Run(Args { options: Options { root, name, profile, supervisor }, listen }))
 }
 
 fn main() -> ExitCode {
@@ -224,6 +235,7 @@ mod tests {
             "--profile",
             "node",
             "--time-scale=0.1",
+            "--units=systemd",
         ]) else {
             panic!("refused");
         };
@@ -231,6 +243,7 @@ mod tests {
         assert_eq!(args.listen.port(), 8006);
         assert_eq!(args.options.profile.kind, Kind::Node);
         assert_eq!(args.options.profile.scale, 0.1);
+        assert_eq!(args.options.supervisor, Supervisor::Systemd);
     }
 
     #[test]
@@ -240,6 +253,7 @@ mod tests {
             (&[], "--root DIR is required"),
             (&["--nope"], "unknown argument --nope"),
             (&["--profile", "x"], "--profile x: expected"),
+            (&["--units", "x"], "--units x: expected"),
             (&["--time-scale", "NaN"], "--time-scale NaN"),
         ] {
             let Err(error) = parse(args) else { panic!("{args:?} accepted") };

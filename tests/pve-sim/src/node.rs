@@ -20,6 +20,7 @@ use crate::generate::Host;
 use crate::monitord::Monitord;
 use crate::profile::{Profile, Step};
 use crate::task::Tasks;
+use crate::unit::Supervisor;
 use crate::{proc, sys};
 
 /// Where LXC's own files are.
@@ -34,6 +35,8 @@ pub struct Options {
     pub name: String,
     /// Durations.
     pub profile: Profile,
+    /// Who runs the CTs.
+    pub supervisor: Supervisor,
 }
 
 /// Why a node cannot start.
@@ -109,6 +112,8 @@ pub struct Node {
     pub paths: Paths,
     /// Its durations.
     pub profile: Profile,
+    /// Who runs its CTs.
+    pub supervisor: Supervisor,
     /// Its users and rights.
     pub acl: RwLock<Acl>,
     /// Its tasks.
@@ -166,6 +171,7 @@ impl Node {
             name: options.name.clone(),
             paths,
             profile: options.profile,
+            supervisor: options.supervisor,
             acl: RwLock::new(acl),
             tasks: Tasks::new(faults.clone()),
             faults,
@@ -316,14 +322,18 @@ impl Node {
         for entry in fs::read_dir(&self.paths.units).into_iter().flatten().flatten() {
             let text = fs::read_to_string(entry.path()).unwrap_or_default();
             let mut numbers = text.split_whitespace().filter_map(|n| n.parse::<u64>().ok());
+            let vmid = entry.file_name().to_str().and_then(|n| n.parse().ok());
             if let (Some(pid), Some(start)) = (numbers.next(), numbers.next()) {
                 let pid = u32::try_from(pid).unwrap_or(0);
                 // The start time tells the recorded process from another with its pid.
                 if proc::start_ticks(pid) == Some(start) {
-                    let _ = sys::kill(pid, libc::SIGKILL);
+                    match vmid {
+                        Some(vmid) => self.supervisor.kill(vmid, pid),
+                        None => drop(sys::kill(pid, libc::SIGKILL)),
+                    }
                 }
             }
-            if let Some(vmid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) {
+            if let Some(vmid) = vmid {
                 self.cgroups.remove(vmid);
             }
             let _ = fs::remove_file(entry.path());

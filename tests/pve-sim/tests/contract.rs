@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use pve_sim::acl::{Acl, Identity};
 use pve_sim::node::{Node, Options};
 use pve_sim::profile::{Kind, Profile};
+use pve_sim::unit::Supervisor;
 use serde_json::Value as Json;
 use tokio::time::sleep;
 
@@ -564,6 +565,7 @@ fn open(dir: &Path, kind: Kind, scale: f64) -> Arc<Node> {
         root: dir.join(format!("node-{n}")),
         name: "pve1".into(),
         profile: Profile { kind, scale },
+        supervisor: Supervisor::Simulator,
     };
     Node::open(&options, "00:00".into()).expect("a node")
 }

@@ -21,6 +21,7 @@ impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options = Options {
+            supervisor: pve_sim::unit::Supervisor::Simulator,
             root: dir.path().join("node"),
             name: "pve1".into(),
             profile: Profile { kind: Kind::Instant, scale: 0.02 },

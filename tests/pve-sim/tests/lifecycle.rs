@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use pve_sim::acl::Identity;
 use pve_sim::node::{Node, Options};
 use pve_sim::profile::{Kind, Profile};
+use pve_sim::unit::Supervisor;
 use tokio::runtime::Runtime;
 use tokio::time::sleep;
 
@@ -24,6 +25,7 @@ fn open(root: &Path) -> Arc<Node> {
         root: root.to_owned(),
         name: "pve1".into(),
         profile: Profile { kind: Kind::Instant, scale: 0.02 },
+        supervisor: Supervisor::Simulator,
     };
     Node::open(&options, String::new()).unwrap()
 }
@@ -201,6 +203,7 @@ fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
         root: root.clone(),
         name: name.into(),
         profile: Profile { kind: Kind::Instant, scale: 1.0 },
+        supervisor: Supervisor::Simulator,
     };
     let node = open(&root);
     let error = Node::open(&options("pve1"), String::new()).err().unwrap();

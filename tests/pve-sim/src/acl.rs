@@ -89,21 +89,39 @@ const SHIM_PRIVILEGES: &[&str] = &[
 const LISTED: &[&str] =
     &["/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms"];
 
-/// Who sent a request: an API token and its user.
+/// Who sent a request: a user by a ticket or by an API token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// `NAME@REALM`.
     pub user: String,
-    /// The token's name.
-    pub token: String,
+    /// The token's name; `None` for a ticket.
+    pub token: Option<String>,
     /// Whether the token has rights of its own instead of its user's.
     pub privsep: bool,
 }
 
 impl Identity {
-    /// The form in UPIDs: `NAME@REALM!TOKEN`.
+    /// The user root@pam, who may do what no token may.
+    pub fn administrator() -> Self {
+        Self { user: "root@pam".into(), token: None, privsep: false }
+    }
+
+    /// An API token.
+    pub fn token(user: &str, name: &str, privsep: bool) -> Self {
+        Self { user: user.into(), token: Some(name.into()), privsep }
+    }
+
+    /// Whether this is root@pam with a ticket.
+    pub fn is_root(&self) -> bool {
+        self.user == "root@pam" && self.token.is_none()
+    }
+
+    /// The form in UPIDs: `NAME@REALM` or `NAME@REALM!TOKEN`.
     pub fn auth_id(&self) -> String {
-        format!("{}!{}", self.user, self.token)
+        match &self.token {
+            Some(token) => format!("{}!{token}", self.user),
+            None => self.user.clone(),
+        }
     }
 }
 
@@ -169,6 +187,11 @@ impl Acl {
         self.tokens.insert(format!("{user}!{name}"), token);
     }
 
+    /// Removes a token by its full name; whether it was there.
+    pub fn remove_token(&mut self, id: &str) -> bool {
+        self.tokens.remove(id).is_some()
+    }
+
     /// Gives a user or token a role on a path and all below it.
     pub fn grant(&mut self, path: &str, subject: &str, role: &str) {
         self.entries.push(Entry {
@@ -194,7 +217,7 @@ impl Acl {
             |(id, secret)| {
                 let token = self.tokens.get(id).filter(|t| same(&t.secret, secret))?;
                 let (user, name) = id.split_once('!')?;
-                Some(Identity { user: user.into(), token: name.into(), privsep: token.privsep })
+                Some(Identity::token(user, name, token.privsep))
             },
         );
         found.ok_or(failed)
@@ -284,7 +307,7 @@ mod tests {
     use super::*;
 
     fn id(user: &str, token: &str, privsep: bool) -> Identity {
-        Identity { user: user.into(), token: token.into(), privsep }
+        Identity::token(user, token, privsep)
     }
 
     #[test]

@@ -141,19 +141,24 @@ impl Node {
         fs::write(dir.join("config"), &generated.config)
     }
 
-    /// The body of a start task. `posted` is when the call came in.
+    /// The body of a start task. `skiplock` disregards the `lock` property, and
+    /// `posted` is when the call came in.
     pub async fn start_ct(
         self: Arc<Self>,
         task: Arc<Task>,
         vmid: u32,
+        skiplock: bool,
         posted: Instant,
     ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
+        task.reach("locked")?;
         let mut config = self.load(vmid)?;
         if config.current.flag("template") {
             return Err("you can't start a CT if it's a template".into());
         }
-        check_lock(&config)?;
+        if !skiplock {
+            check_lock(&config)?;
+        }
         if config.apply_pending() {
             self.store(vmid, &config)?;
         }
@@ -171,6 +176,7 @@ impl Node {
         if fresh {
             self.clone().start_unit(&ct)?;
         }
+        task.reach("spawned")?;
         self.wait_running(&task, &ct, fresh).await?;
         task.running(None);
         sleep(self.profile.step(Step::StartAfter)).await;
@@ -298,9 +304,19 @@ impl Node {
     }
 
     /// The body of a stop task.
-    pub async fn stop_ct(self: Arc<Self>, vmid: u32, posted: Instant) -> Result<(), String> {
+    pub async fn stop_ct(
+        self: Arc<Self>,
+        task: Arc<Task>,
+        vmid: u32,
+        skiplock: bool,
+        posted: Instant,
+    ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
-        check_lock(&self.load(vmid)?)?;
+        task.reach("locked")?;
+        let config = self.load(vmid)?;
+        if !skiplock {
+            check_lock(&config)?;
+        }
         sleep_until(posted, self.profile.step(Step::StopBefore)).await;
         self.kill_ct(vmid).await
     }
@@ -326,6 +342,7 @@ impl Node {
         how: Shutdown,
     ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
+        task.reach("locked")?;
         check_lock(&self.load(vmid)?)?;
         self.lxc_stop(&task, vmid, how).await?;
         self.ct(vmid).inactive().await;
@@ -372,6 +389,7 @@ impl Node {
         timeout_s: u32,
     ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
+        task.reach("locked")?;
         check_lock(&self.load(vmid)?)?;
         let trigger = self.ct_dir(vmid).join("reboot");
         fs::write(&trigger, "")
@@ -418,6 +436,7 @@ impl Node {
         posted: Instant,
     ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
+        task.reach("locked")?;
         self.check_destroy(vmid, force)?;
         sleep_until(posted, self.profile.step(Step::DestroyBefore)).await;
         if self.is_running(vmid) {

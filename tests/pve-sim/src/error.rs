@@ -31,6 +31,14 @@ pub enum ApiError {
         /// The path below `/api2/json`.
         path: String,
     },
+    /// What the front end makes of a node it cannot reach: 595 to 599, without a body.
+    #[error("{reason}")]
+    Gateway {
+        /// The status code.
+        code: u16,
+        /// The reason phrase.
+        reason: String,
+    },
     /// 501 as plain text: the body is longer than 512 KiB.
     #[error("for data too large")]
     TooLarge,
@@ -52,6 +60,18 @@ impl ApiError {
         Self::Forbidden(Some(format!("{what} is only allowed for root@pam")))
     }
 
+    /// The text with those about the parameters.
+    pub fn detail(&self) -> String {
+        match self {
+            Self::Params(errors) => {
+                let list: Vec<_> =
+                    errors.iter().map(|(k, v)| format!("{k}: {}", v.trim_end())).collect();
+                format!("{self} {}", list.join("; "))
+            }
+            _ => self.to_string(),
+        }
+    }
+
     /// The HTTP status code.
     pub fn status(&self) -> u16 {
         match self {
@@ -59,6 +79,7 @@ impl ApiError {
             Self::Unauthorized(_) => 401,
             Self::Forbidden(_) => 403,
             Self::Failed(_) => 500,
+            Self::Gateway { code, .. } => *code,
             Self::NotImplemented { .. } | Self::TooLarge => 501,
         }
     }

@@ -12,7 +12,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
 use crate::api::{self, Answer};
+use crate::control;
 use crate::error::ApiError;
+use crate::fault::{Call, Effect};
 use crate::node::Node;
 use crate::params::Params;
 
@@ -74,28 +76,88 @@ impl From<io::Error> for Stop {
 pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(node: Arc<Node>, stream: S) {
     let mut connection = Connection { stream, buffer: Vec::new() };
     for count in 1.. {
-        let (answer, close) = match connection.read_request().await {
+        let (reply, close) = match connection.read_request().await {
             Ok((request, close)) => (respond(&node, request).await, close),
             Err(Stop::Gone) => return,
-            Err(Stop::Answer(error)) => (Err(error), true),
+            Err(Stop::Answer(error)) => (Reply::from(Err(error)), true),
         };
-        let close = close || answer.is_err() || count >= MAX_REQUESTS;
-        if connection.write_answer(answer, close).await.is_err() || close {
+        let Some(reply) = reply else { return };
+        let close = close || reply.answer.is_err() || reply.cut.is_some() || count >= MAX_REQUESTS;
+        if connection.write_reply(&reply, close).await.is_err() || close {
             let _ = connection.stream.shutdown().await;
             return;
         }
     }
 }
 
+/// What is sent for a request.
+struct Reply {
+    answer: Result<Answer, ApiError>,
+    cut: Option<Cut>,
+}
+
+/// A fault of the answer's body: after how many bytes it ends, and whether its length says so.
+struct Cut {
+    bytes: usize,
+    announced: bool,
+}
+
+impl Reply {
+    fn from(answer: Result<Answer, ApiError>) -> Option<Self> {
+        Some(Self { answer, cut: None })
+    }
+}
+
+/// Answers a request, unless a fault is set for it. Without a reply the connection ends.
+async fn respond(node: &Arc<Node>, request: Request) -> Option<Reply> {
+    let path = request.path.strip_prefix("/api2/json").unwrap_or(&request.path);
+    let effects = node.faults.of_request(&request.method, path);
+    for effect in &effects {
+        match effect {
+            Effect::DelayRequest { ms } => sleep(Duration::from_millis(*ms)).await,
+            Effect::CallBefore(call) => interfere(node, call).await,
+            Effect::LoseRequest => return None,
+            Effect::Status { code, reason } => {
+                let error = ApiError::Gateway { code: *code, reason: reason.clone() };
+                return Reply::from(Err(error));
+            }
+            _ => {}
+        }
+    }
+    if effects.contains(&Effect::Duplicate) {
+        let _ = answer(node, &request).await;
+    }
+    let mut reply = Reply { answer: answer(node, &request).await, cut: None };
+    for effect in &effects {
+        match effect {
+            Effect::DelayAnswer { ms } => sleep(Duration::from_millis(*ms)).await,
+            Effect::CallAfter(call) => interfere(node, call).await,
+            Effect::LoseAnswer => return None,
+            Effect::Truncate { bytes } => {
+                reply.cut = Some(Cut { bytes: *bytes, announced: false });
+            }
+            Effect::Garble { bytes } => reply.cut = Some(Cut { bytes: *bytes, announced: true }),
+            _ => {}
+        }
+    }
+    Some(reply)
+}
+
+async fn interfere(node: &Arc<Node>, call: &Call) {
+    if let Err(error) = control::administrate(node, call).await {
+        node.note(&format!("{} {} of a fault: {error}", call.method, call.path));
+    }
+}
+
 /// Authenticates, answers, and lets pass the time that this takes on a real node.
-async fn respond(node: &Arc<Node>, request: Request) -> Result<Answer, ApiError> {
+async fn answer(node: &Arc<Node>, request: &Request) -> Result<Answer, ApiError> {
     let start = request.at.unwrap_or_else(Instant::now);
     let who = {
         let acl = node.acl();
         acl.authenticate(request.authorization.as_deref(), request.cookie.as_deref())
     };
     let result = match who {
-        Ok(who) => api::handle(node, &who, &request).await,
+        Ok(who) => api::handle(node, &who, request).await,
         Err(error) => {
             sleep(node.profile.unauthorized()).await;
             return Err(error);
@@ -222,16 +284,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(Some(head))
     }
 
-    async fn write_answer(
-        &mut self,
-        answer: Result<Answer, ApiError>,
-        close: bool,
-    ) -> io::Result<()> {
-        let bytes = match &answer {
+    async fn write_reply(&mut self, reply: &Reply, close: bool) -> io::Result<()> {
+        let (mut head, body) = match &reply.answer {
             Ok(answer) => render_ok(answer, close),
             Err(error) => render_error(error),
         };
-        self.stream.write_all(&bytes).await?;
+        let mut body = body.as_bytes();
+        let mut length = body.len();
+        if let Some(cut) = &reply.cut {
+            body = &body[..cut.bytes.min(body.len())];
+            if cut.announced {
+                length = body.len();
+            }
+        }
+        head.push_str(&format!("Content-Length: {length}\r\n\r\n"));
+        self.stream.write_all(&[head.as_bytes(), body].concat()).await?;
         self.stream.flush().await
     }
 }
@@ -294,7 +361,8 @@ fn head(status: u16, reason: &str, connection: &str) -> String {
 
 const JSON: &str = "Content-Type: application/json;charset=UTF-8\r\n";
 
-fn render_ok(answer: &Answer, close: bool) -> Vec<u8> {
+/// Head without the length, and body.
+fn render_ok(answer: &Answer, close: bool) -> (String, String) {
     let mut body = String::from("{\"data\":");
     body.push_str(&answer.data.to_string());
     if let Some(total) = answer.total {
@@ -309,14 +377,13 @@ fn render_ok(answer: &Answer, close: bool) -> Vec<u8> {
     };
     let mut text = head(200, "OK", connection);
     text.push_str(JSON);
-    text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
-    text.into_bytes()
+    (text, body)
 }
 
-fn render_error(error: &ApiError) -> Vec<u8> {
+fn render_error(error: &ApiError) -> (String, String) {
     let message = error.to_string();
     let (kind, body) = match error {
-        ApiError::Unauthorized(_) => ("", String::new()),
+        ApiError::Unauthorized(_) | ApiError::Gateway { .. } => ("", String::new()),
         ApiError::TooLarge => ("Content-Type: text/plain\r\n", message.clone()),
         _ => {
             // Only the answer to an unknown path has no newline after its text.
@@ -330,8 +397,7 @@ fn render_error(error: &ApiError) -> Vec<u8> {
     };
     let mut text = head(error.status(), &message, "Connection: close\r\n");
     text.push_str(kind);
-    text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
-    text.into_bytes()
+    (text, body)
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT`.
@@ -373,8 +439,7 @@ mod tests {
 
     #[test]
     fn an_error_text_cannot_add_a_header() {
-        let bytes = render_error(&ApiError::Failed("a\r\nX: y".into()));
-        let text = String::from_utf8(bytes).unwrap();
+        let (text, _) = render_error(&ApiError::Failed("a\r\nX: y".into()));
         assert!(text.starts_with("HTTP/1.1 500 a  X: y\r\n"), "{text}");
     }
 }

@@ -12,8 +12,10 @@ pub mod acl;
 pub mod api;
 pub mod cgroup;
 pub mod conf;
+pub mod control;
 pub mod ct;
 pub mod error;
+pub mod fault;
 pub mod generate;
 #[cfg(test)]
 mod golden;

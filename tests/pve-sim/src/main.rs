@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pve_sim::control;
 use pve_sim::http;
 use pve_sim::node::{Node, Options, write_file};
 use pve_sim::profile::{Kind, Profile};
@@ -34,12 +35,13 @@ Options:
   --version          show the version
 
 When it listens, it prints one line of JSON and writes the same to DIR/ready.json: endpoint,
-node, fingerprint, ca_file, token_file, admin_token_file, pmxcfs, lxc_path, pid.
+node, fingerprint, ca_file, token_file, admin_token_file, control, pmxcfs, lxc_path, pid.
 
   DIR/pve            stands for /etc/pve: put a container's configuration into
                      DIR/pve/lxc/VMID.conf, and it is there
   DIR/lxc            stands for /var/lib/lxc
   DIR/log            messages of lxc-start and of the simulator
+  DIR/control        Unix socket to make things go wrong (see the README)
   DIR/shim-token     API token containerd@pve!shim with few rights, for the shim
   DIR/admin-token    API token root@pam!admin with all rights
 
@@ -151,6 +153,8 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let ca_file = node.paths.root.join("ca.pem");
     write_file(&ca_file, &identity.ca_pem, 0o644)?;
 
+    let control_path = node.paths.root.join("control");
+    let control_socket = control::listen(&control_path)?;
     let listener = TcpListener::bind(args.listen).await?;
     let ready = serde_json::json!({
         "endpoint": format!("https://{}", listener.local_addr()?),
@@ -159,6 +163,7 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
         "ca_file": ca_file,
         "token_file": node.paths.root.join("shim-token"),
         "admin_token_file": node.paths.root.join("admin-token"),
+        "control": control_path,
         "pmxcfs": node.paths.pve,
         "lxc_path": node.paths.lxc,
         "pid": std::process::id(),
@@ -166,13 +171,16 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     node.announce(&format!("{ready}\n"))?;
     println!("{ready}");
 
+    tokio::spawn(control::serve(node.clone(), control_socket));
     let acceptor = TlsAcceptor::from(identity.config);
     tokio::select! {
         () = accept(listener, acceptor, node.clone()) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    let _ = std::fs::remove_file(node.paths.root.join("ready.json"));
+    for file in ["ready.json", "control"] {
+        let _ = std::fs::remove_file(node.paths.root.join(file));
+    }
     node.shut_down().await;
     Ok(())
 }

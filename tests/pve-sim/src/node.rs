@@ -13,7 +13,9 @@ use serde_json::Value as Json;
 use crate::acl::Acl;
 use crate::cgroup::Cgroups;
 use crate::conf::{self, Config};
+use crate::control::Held;
 use crate::ct::Ct;
+use crate::fault::Faults;
 use crate::generate::Host;
 use crate::profile::{Profile, Step};
 use crate::task::Tasks;
@@ -111,6 +113,10 @@ pub struct Node {
     pub cgroups: Cgroups,
     /// What the generator of LXC configurations needs.
     pub host: Host,
+    /// What is to go wrong.
+    pub faults: Arc<Faults>,
+    /// Locks that a test holds.
+    pub held: Held,
     /// Fingerprint of the certificate, as shown by the API.
     pub fingerprint: String,
     cts: Mutex<HashMap<u32, Arc<Ct>>>,
@@ -150,12 +156,15 @@ impl Node {
         );
         let cgroups = Cgroups::discover();
         let host = host(&paths, &cgroups);
+        let faults = Arc::<Faults>::default();
         let node = Self {
             name: options.name.clone(),
             paths,
             profile: options.profile,
             acl: RwLock::new(acl),
-            tasks: Tasks::default(),
+            tasks: Tasks::new(faults.clone()),
+            faults,
+            held: Held::default(),
             cgroups,
             host,
             fingerprint,
@@ -181,6 +190,11 @@ impl Node {
     /// The access control, for reading.
     pub fn acl(&self) -> std::sync::RwLockReadGuard<'_, Acl> {
         self.acl.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The access control, for changes.
+    pub fn acl_mut(&self) -> std::sync::RwLockWriteGuard<'_, Acl> {
+        self.acl.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn conf_path(&self, vmid: u32) -> PathBuf {

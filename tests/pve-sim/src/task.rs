@@ -5,13 +5,15 @@ use std::fmt;
 use std::future::Future;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value as Json, json};
 use tokio::sync::watch;
 
 use crate::acl::Identity;
+use crate::fault::Faults;
+use crate::node::lock;
 
 /// How many finished tasks are kept.
 const KEPT: usize = 2000;
@@ -83,6 +85,8 @@ struct Inner {
     log: Vec<String>,
     command: Option<String>,
     end: Option<(String, u64)>,
+    /// The step at which it is to fail, and the text.
+    fault: Option<(String, String)>,
 }
 
 /// One task.
@@ -94,11 +98,6 @@ pub struct Task {
     interrupt: watch::Sender<bool>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic while holding one of these locks leaves nothing half done.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
@@ -107,6 +106,14 @@ impl Task {
     /// Adds lines to the log.
     pub fn log(&self, text: &str) {
         lock(&self.inner).log.extend(text.split('\n').map(str::to_owned));
+    }
+
+    /// Tells that a step is reached; fails if it is to fail there.
+    pub fn reach(&self, step: &str) -> Result<(), String> {
+        match &lock(&self.inner).fault {
+            Some((at, text)) if at == step => Err(text.clone()),
+            _ => Ok(()),
+        }
     }
 
     /// Names the command that an interrupt would hit now.
@@ -229,15 +236,16 @@ struct Registry {
 pub struct Tasks {
     registry: Mutex<Registry>,
     next_pid: AtomicU32,
-}
-
-impl Default for Tasks {
-    fn default() -> Self {
-        Self { registry: Mutex::default(), next_pid: AtomicU32::new(std::process::id()) }
-    }
+    faults: Arc<Faults>,
 }
 
 impl Tasks {
+    /// No tasks yet.
+    pub fn new(faults: Arc<Faults>) -> Self {
+        let next_pid = AtomicU32::new(std::process::id());
+        Self { registry: Mutex::default(), next_pid, faults }
+    }
+
     /// Starts a task and returns its UPID at once.
     pub fn spawn<W, F>(&self, node: &str, kind: &str, id: &str, who: &Identity, work: W) -> String
     where
@@ -255,12 +263,18 @@ impl Tasks {
                 id: id.to_owned(),
                 user: who.auth_id(),
             },
-            inner: Mutex::default(),
+            inner: Mutex::new(Inner { fault: self.faults.of_task(kind), ..Inner::default() }),
             interrupt,
         });
         let upid = task.upid.to_string();
         self.insert(upid.clone(), task.clone());
-        let work = tokio::spawn(work(task.clone()));
+        let work = work(task.clone());
+        let steps = task.clone();
+        let work = tokio::spawn(async move {
+            steps.reach("begin")?;
+            work.await?;
+            steps.reach("end")
+        });
         tokio::spawn(async move {
             let abort = work.abort_handle();
             let result = tokio::select! {

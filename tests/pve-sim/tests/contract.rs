@@ -13,12 +13,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use pve_sim::acl::{Acl, Identity};
-use pve_sim::http;
 use pve_sim::node::{Node, Options};
 use pve_sim::profile::{Kind, Profile};
-use serde_json::{Value as Json, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use serde_json::Value as Json;
 use tokio::time::sleep;
+
+mod client;
+use client::Answer;
 
 /// How many calls were recorded in all; the others concern what the simulator does not have yet.
 const RECORDED: usize = 283;
@@ -361,7 +362,7 @@ impl World {
         let who = identity();
         let node = self.node.clone();
         let upid = self.node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
-            node.start_ct(task, vmid, Instant::now())
+            node.start_ct(task, vmid, false, Instant::now())
         });
         let status = self.task_end(&upid).await?;
         match status["exitstatus"].as_str() {
@@ -552,7 +553,7 @@ impl World {
 }
 
 fn identity() -> Identity {
-    Identity { user: "root@pam".into(), token: "full".into(), privsep: false }
+    Identity::token("root@pam", "full", false)
 }
 
 /// Each node has a directory of its own, as an open one keeps its lock.
@@ -615,57 +616,5 @@ fn same_shape(expected: &Json, got: &Json, at: &str) -> Result<(), Failure> {
         | (Json::Number(_), Json::Number(_))
         | (Json::String(_), Json::String(_)) => Ok(()),
         _ => Err(format!("{at} is {got} instead of {expected}")),
-    }
-}
-
-/// A parsed answer.
-struct Answer {
-    status: u16,
-    reason: String,
-    /// By lower-case name; repeated lines joined as in the recordings.
-    headers: BTreeMap<String, String>,
-    body: Json,
-}
-
-impl Answer {
-    /// Sends a request over a connection of its own and reads the answer.
-    async fn read(node: Arc<Node>, request: &str) -> Self {
-        let (mut client, server) = tokio::io::duplex(1 << 20);
-        let serving = tokio::spawn(http::serve(node, server));
-        client.write_all(request.as_bytes()).await.expect("sent");
-        let mut bytes = Vec::new();
-        let mut chunk = [0u8; 65536];
-        let answer = loop {
-            let n = client.read(&mut chunk).await.expect("an answer");
-            bytes.extend_from_slice(&chunk[..n]);
-            if let Some(answer) = Self::parse(&String::from_utf8_lossy(&bytes)) {
-                break answer;
-            }
-            assert!(n > 0, "the answer ends early: {:?}", String::from_utf8_lossy(&bytes));
-        };
-        drop(client);
-        let _ = serving.await;
-        answer
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let (head, body) = text.split_once("\r\n\r\n")?;
-        let mut lines = head.split("\r\n");
-        let status_line = lines.next()?.strip_prefix("HTTP/1.1 ")?;
-        let (status, reason) = status_line.split_once(' ')?;
-        let mut headers: BTreeMap<String, String> = BTreeMap::new();
-        for (name, value) in lines.filter_map(|l| l.split_once(": ")) {
-            let entry = headers.entry(name.to_ascii_lowercase()).or_default();
-            if !entry.is_empty() {
-                entry.push_str(", ");
-            }
-            entry.push_str(value);
-        }
-        let length: usize = headers.get("content-length")?.parse().ok()?;
-        if body.len() < length {
-            return None;
-        }
-        let body = if body.is_empty() { json!("") } else { serde_json::from_str(body).ok()? };
-        Some(Self { status: status.parse().ok()?, reason: reason.to_owned(), headers, body })
     }
 }

@@ -56,10 +56,10 @@ fn write_ct(dir: &Path, node: &Node, vmid: u32) {
 
 /// Starts a CT and returns the pid of its lxc-start.
 async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
-    let who = Identity { user: "root@pam".into(), token: "t".into(), privsep: false };
+    let who = Identity::token("root@pam", "t", false);
     let this = node.clone();
     let upid = node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
-        this.start_ct(task, vmid, Instant::now())
+        this.start_ct(task, vmid, false, Instant::now())
     });
     let task = node.tasks.get(&upid).unwrap();
     while !task.ended() {

@@ -94,7 +94,8 @@ pub fn act(cx: &Context<'_>, vmid: &str, action: Action) -> Result<Answer, ApiEr
     let posted = cx.request.at.unwrap_or_else(Instant::now);
     cx.require(&format!("/vms/{vmid}"), "VM.PowerMgmt")?;
     let vmid = cx.verify_ct(vmid, &[action.specs()])?;
-    if cx.params().flag("skiplock") {
+    let skiplock = cx.params().flag("skiplock");
+    if skiplock && !cx.who.is_root() {
         // Not even a token of root@pam is root@pam.
         return Err(ApiError::param("skiplock", "Only root may use this option."));
     }
@@ -115,8 +116,8 @@ pub fn act(cx: &Context<'_>, vmid: &str, action: Action) -> Result<Answer, ApiEr
     let node = cx.node.clone();
     let work = |task| async move {
         match action {
-            Action::Start => node.start_ct(task, vmid, posted).await,
-            Action::Stop => node.stop_ct(vmid, posted).await,
+            Action::Start => node.start_ct(task, vmid, skiplock, posted).await,
+            Action::Stop => node.stop_ct(task, vmid, skiplock, posted).await,
             Action::Shutdown => node.shutdown_ct(task, vmid, Shutdown { timeout, force }).await,
             Action::Reboot => node.reboot_ct(task, vmid, timeout).await,
             Action::Suspend | Action::Resume => {

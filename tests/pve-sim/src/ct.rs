@@ -279,12 +279,12 @@ impl Node {
             let node = self.clone();
             // Also what systemd's KillMode=mixed does: no process of the unit survives.
             let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
-            if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok() {
-                if let Ok(again) = self.restart(vmid) {
-                    child = again;
-                    self.set_active(&ct, &child);
-                    continue;
-                }
+            if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok()
+                && let Ok(again) = self.restart(vmid)
+            {
+                child = again;
+                self.set_active(&ct, &child);
+                continue;
             }
             let _ = fs::remove_file(self.paths.units.join(vmid.to_string()));
             ct.unit.send_replace(UnitState::Inactive { ran });

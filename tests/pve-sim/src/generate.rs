@@ -339,12 +339,10 @@ fn networks(g: &mut Lines, conf: &Section, vmid: u32, host: &Host) -> Result<(),
         if let Some(bridge) = get("bridge") {
             let limit = (host.bridge_mtu)(bridge)
                 .ok_or_else(|| format!("bridge '{bridge}' does not exist"))?;
-            if let Some(m) = mtu.as_deref().and_then(|m| m.parse::<u32>().ok()) {
-                if m > limit {
-                    return Err(format!(
-                        "{key}: MTU size '{m}' is bigger than bridge MTU '{limit}'"
-                    ));
-                }
+            if let Some(m) = mtu.as_deref().and_then(|m| m.parse::<u32>().ok())
+                && m > limit
+            {
+                return Err(format!("{key}: MTU size '{m}' is bigger than bridge MTU '{limit}'"));
             }
             mtu = mtu.or_else(|| Some(limit.to_string()));
         }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pve_sim::acl::Identity;
-use pve_sim::node::{Node, Options};
+use pve_sim::cluster::{Cluster, Options};
+use pve_sim::node::Node;
 use pve_sim::profile::{Kind, Profile};
 use tokio::runtime::Runtime;
 use tokio::time::sleep;
@@ -19,13 +20,17 @@ fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-fn open(root: &Path) -> Arc<Node> {
-    let options = Options {
+fn options(root: &Path, node: &str) -> Options {
+    Options {
         root: root.to_owned(),
-        name: "pve1".into(),
+        nodes: vec![node.to_owned()],
+        addresses: Vec::new(),
         profile: Profile { kind: Kind::Instant, scale: 0.02 },
-    };
-    Node::open(&options, String::new()).unwrap()
+    }
+}
+
+fn open(root: &Path) -> Arc<Cluster> {
+    Cluster::open(&options(root, "pve1")).unwrap()
 }
 
 /// A VMID of this process's own, as all CTs of a host share the cgroup tree.
@@ -97,8 +102,8 @@ fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
         let _guard = first.enter();
         open(&root)
     };
-    write_ct(dir.path(), &node, vmid);
-    let pid = first.block_on(start(&node, vmid));
+    write_ct(dir.path(), node.first(), vmid);
+    let pid = first.block_on(start(node.first(), vmid));
     drop(node);
     // Nothing is told to anybody, as if the process had been killed.
     first.shutdown_timeout(Duration::from_secs(1));
@@ -116,7 +121,7 @@ fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
         }
         assert!(!alive(pid));
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        start(&node, vmid).await;
+        start(node.first(), vmid).await;
         node.shut_down().await;
     });
 }
@@ -128,9 +133,9 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
     let vmid = vmid(2);
     runtime().block_on(async {
         let node = open(&dir.path().join("node"));
-        write_ct(dir.path(), &node, vmid);
-        let pid = start(&node, vmid).await;
-        assert!(node.is_running(vmid));
+        write_ct(dir.path(), node.first(), vmid);
+        let pid = start(node.first(), vmid).await;
+        assert!(node.first().is_running(vmid));
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let stat = fs::read_to_string(proc.join("stat")).unwrap();
         let session = stat.rsplit_once(") ").unwrap().1.split(' ').nth(3).unwrap().to_owned();
@@ -149,9 +154,9 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
 
         node.shut_down().await;
         assert!(!alive(pid));
-        assert!(!node.is_running(vmid));
+        assert!(!node.first().is_running(vmid));
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        assert_eq!(fs::read_dir(&node.paths.units).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(&node.first().paths.units).unwrap().count(), 0);
     });
 }
 
@@ -162,10 +167,10 @@ fn a_killed_lxc_start_takes_its_ct_along() {
     let vmid = vmid(3);
     runtime().block_on(async {
         let node = open(&dir.path().join("node"));
-        write_ct(dir.path(), &node, vmid);
-        let pid = start(&node, vmid).await;
+        write_ct(dir.path(), node.first(), vmid);
+        let pid = start(node.first(), vmid).await;
         pve_sim::sys::kill(pid, 9).unwrap();
-        let unit = node.paths.units.join(vmid.to_string());
+        let unit = node.first().paths.units.join(vmid.to_string());
         for _ in 0..500 {
             if !unit.exists() {
                 break;
@@ -174,7 +179,7 @@ fn a_killed_lxc_start_takes_its_ct_along() {
         }
         assert!(!unit.exists());
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        start(&node, vmid).await;
+        start(node.first(), vmid).await;
         node.shut_down().await;
     });
 }
@@ -184,12 +189,12 @@ fn a_held_lock_fails_with_the_recorded_text() {
     let dir = tempfile::tempdir().unwrap();
     runtime().block_on(async {
         let node = open(&dir.path().join("node"));
-        let held = node.lock_ct(100).await.unwrap();
+        let held = node.first().lock_ct(100).await.unwrap();
         let text = "can't lock file '/run/lock/lxc/pve-config-100.lock' - got timeout";
-        assert_eq!(node.lock_ct(100).await.unwrap_err(), text);
-        node.lock_ct(101).await.unwrap();
+        assert_eq!(node.first().lock_ct(100).await.unwrap_err(), text);
+        node.first().lock_ct(101).await.unwrap();
         drop(held);
-        node.lock_ct(100).await.unwrap();
+        node.first().lock_ct(100).await.unwrap();
     });
 }
 
@@ -197,19 +202,14 @@ fn a_held_lock_fails_with_the_recorded_text() {
 fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("node");
-    let options = |name: &str| Options {
-        root: root.clone(),
-        name: name.into(),
-        profile: Profile { kind: Kind::Instant, scale: 1.0 },
-    };
     let node = open(&root);
-    let error = Node::open(&options("pve1"), String::new()).err().unwrap();
+    let error = Cluster::open(&options(&root, "pve1")).err().unwrap();
     assert!(error.to_string().contains("in use"), "{error}");
     let token = fs::read_to_string(root.join("shim-token")).unwrap();
     assert!(token.starts_with("containerd@pve!shim=") && token.len() == 57, "{token}");
     drop(node);
     drop(open(&root));
     assert_eq!(fs::read_to_string(root.join("shim-token")).unwrap(), token);
-    let error = Node::open(&options("../x"), String::new()).err().unwrap();
+    let error = Cluster::open(&options(&root, "../x")).err().unwrap();
     assert!(error.to_string().contains("host name"), "{error}");
 }

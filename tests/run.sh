@@ -23,7 +23,7 @@ if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
 	echo "== init with real LXC, the bootstrap protocol, the simulator and its contract"
-	cargo test --locked --workspace --test ct --test bootstrap --test contract --test lifecycle --test faults
+	cargo test --locked --workspace --test ct --test bootstrap --test contract --test lifecycle --test faults --test console
 	cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi

@@ -502,6 +502,7 @@ impl Node {
 
     /// Ends all CTs and removes what they left on the host.
     pub async fn shut_down(&self) {
+        self.end_terminals();
         let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
         for ct in &active {
             let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));

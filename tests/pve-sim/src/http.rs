@@ -14,12 +14,14 @@ use tokio::time::{sleep, timeout};
 use crate::acl::Identity;
 use crate::api::{self, Answer};
 use crate::cluster::Cluster;
+use crate::console::Client;
 use crate::control;
 use crate::error::ApiError;
 use crate::fault::{Call, Effect};
 use crate::node::Node;
 use crate::params::Params;
 use crate::upload::{self, Parser, Upload, UploadError};
+use crate::websocket::Handshake;
 
 const MAX_HEADER_LINES: usize = 64;
 const MAX_HEADER_BYTES: usize = 8 * 1024;
@@ -45,6 +47,8 @@ pub struct Request {
     pub cookie: Option<String>,
     /// The `CSRFPreventionToken` header.
     pub csrf: Option<String>,
+    /// What a client says who wants a websocket.
+    pub websocket: Option<Handshake>,
     /// The file of an upload.
     pub upload: Option<Arc<Upload>>,
     /// When the request was complete.
@@ -102,6 +106,10 @@ where
             Err(Stop::Answer(error)) => (Reply::from(Err(error)), true),
         };
         let Some(reply) = reply else { return };
+        let reply = match reply.into_websocket() {
+            Ok(client) => return connection.become_websocket(client).await,
+            Err(reply) => reply,
+        };
         let close = close || reply.closes() || count >= MAX_REQUESTS;
         if connection.write_reply(&reply, close).await.is_err() || close {
             let _ = connection.stream.shutdown().await;
@@ -131,6 +139,12 @@ struct Cut {
 impl Reply {
     fn from(answer: Result<Answer, ApiError>) -> Option<Self> {
         Some(Self { answer, cut: None })
+    }
+
+    /// The client of a websocket, if the connection is to become one.
+    fn into_websocket(mut self) -> Result<Client, Self> {
+        let client = self.answer.as_mut().ok().and_then(|a| a.websocket.take());
+        client.ok_or(self)
     }
 
     /// Whether the connection ends with it.
@@ -365,6 +379,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(Some(head))
     }
 
+    /// Leaves HTTP. What the client has sent already belongs to the websocket.
+    async fn become_websocket(mut self, client: Client) {
+        let protocol = match &client.handshake.protocol {
+            Some(protocol) => format!("Sec-WebSocket-Protocol: {protocol}\r\n"),
+            None => String::new(),
+        };
+        let head = format!(
+            "HTTP/1.1 101 Switching Protocols\r\n\
+             Upgrade: websocket\r\n\
+             Connection: upgrade\r\n\
+             Sec-WebSocket-Accept: {}\r\n\
+             {protocol}\r\n",
+            client.handshake.accept()
+        );
+        if self.stream.write_all(head.as_bytes()).await.is_ok() {
+            // A client that breaks the rules is cut off, as one that goes.
+            let _ = client.serve(&mut self.stream, self.buffer).await;
+        }
+        let _ = self.stream.shutdown().await;
+    }
+
     async fn write_reply(&mut self, reply: &Reply, close: bool) -> io::Result<()> {
         let (mut head, body) = match &reply.answer {
             Ok(answer) => render_ok(answer, close),
@@ -400,9 +435,14 @@ fn read_head(parsed: &httparse::Request<'_, '_>) -> Result<Head, ApiError> {
         expects_continue: false,
         close: parsed.version == Some(0),
     };
+    let (mut upgrade, mut key, mut protocol) = (false, None, None);
     for header in parsed.headers.iter() {
         let value = String::from_utf8_lossy(header.value).into_owned();
         match header.name.to_ascii_lowercase().as_str() {
+            "upgrade" => upgrade = value.eq_ignore_ascii_case("websocket"),
+            "sec-websocket-key" => key = Some(value),
+            // It comes back in a header of the answer.
+            "sec-websocket-protocol" if value == "binary" => protocol = Some(value),
             "authorization" => head.request.authorization = Some(value),
             "cookie" => head.request.cookie = Some(value),
             "csrfpreventiontoken" => head.request.csrf = Some(value),
@@ -422,6 +462,7 @@ fn read_head(parsed: &httparse::Request<'_, '_>) -> Result<Head, ApiError> {
             _ => {}
         }
     }
+    head.request.websocket = key.filter(|_| upgrade).map(|key| Handshake { key, protocol });
     Ok(head)
 }
 

@@ -14,6 +14,7 @@ use serde_json::Value as Json;
 use crate::cgroup::Cgroups;
 use crate::cluster::Datacenter;
 use crate::conf::{self, Config};
+use crate::console::Terminals;
 use crate::ct::Ct;
 use crate::generate::Host;
 use crate::profile::Profile;
@@ -108,6 +109,8 @@ pub struct Node {
     pub cgroups: Cgroups,
     /// What the generator of LXC configurations needs.
     pub host: Host,
+    /// The terminals of its CTs.
+    pub terminals: Terminals,
     /// Its storages.
     pub storages: Vec<Arc<Storage>>,
     online: AtomicBool,
@@ -148,6 +151,7 @@ impl Node {
             tasks: Tasks::new(dc.faults.clone()),
             cgroups,
             host,
+            terminals: Terminals::default(),
             storages,
             online: AtomicBool::new(true),
             cts: Mutex::default(),

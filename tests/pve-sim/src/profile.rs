@@ -139,6 +139,16 @@ impl Profile {
         self.scaled(5000)
     }
 
+    /// How long a terminal waits for its client.
+    pub fn terminal_timeout(&self) -> Duration {
+        self.scaled(10_000)
+    }
+
+    /// How long the wait for a VNC server takes to fail.
+    pub fn vnc_timeout(&self) -> Duration {
+        self.scaled(5600)
+    }
+
     /// The age at which `/cluster/resources` is renewed.
     pub fn resources_age(&self) -> Duration {
         self.scaled(10_000)

@@ -7,6 +7,7 @@ use tokio::time::sleep;
 
 use crate::acl::{Acl, Identity};
 use crate::cluster::Cluster;
+use crate::console::Client;
 use crate::error::ApiError;
 use crate::http::Request;
 use crate::node::Node;
@@ -17,6 +18,7 @@ mod access;
 mod clone;
 mod cluster;
 mod config;
+mod console;
 
 mod create;
 mod lxc;
@@ -46,17 +48,26 @@ pub struct Answer {
     pub call: Call,
     /// Whether the connection ends with it.
     pub close: bool,
+    /// What the connection becomes instead of an answer.
+    pub websocket: Option<Client>,
 }
 
 impl Answer {
     /// An answer of the front end.
     fn plain(data: Json) -> Self {
-        Self { data, total: None, protected: false, call: Call::Plain, close: false }
+        Self {
+            data,
+            total: None,
+            protected: false,
+            call: Call::Plain,
+            close: false,
+            websocket: None,
+        }
     }
 
     /// An answer of the privileged daemon.
     fn protected(data: Json, call: Call) -> Self {
-        Self { data, total: None, protected: true, call, close: false }
+        Self { data, total: None, protected: true, call, close: false, websocket: None }
     }
 
     fn with_total(mut self, total: usize) -> Self {
@@ -225,6 +236,9 @@ async fn ct_call(cx: &Context<'_>, vmid: &str, call: CtCall<'_>) -> Result<Answe
         CtCall::Rollback(name) => snapshot::rollback(cx, vmid, name),
         CtCall::Migrate => migrate::migrate(cx, vmid),
         CtCall::Interfaces => lxc::interfaces(cx, vmid).await,
+        CtCall::TermProxy => console::term_proxy(cx, vmid),
+        CtCall::VncProxy => console::vnc_proxy(cx, vmid).await,
+        CtCall::VncWebsocket => console::websocket(cx, vmid).await,
     }
 }
 

@@ -79,9 +79,9 @@ pub enum CtCall<'a> {
     Rollback(&'a str),
     Migrate,
     Interfaces,
-    //@TermProxy
-    //@VncProxy
-    //@VncWebsocket
+    TermProxy,
+    VncProxy,
+    VncWebsocket,
 }
 
 /// The call of a method and the segments of a path below `/api2/json`.
@@ -166,9 +166,9 @@ fn parse_ct<'a>(method: &str, path: &[&'a str]) -> Option<CtCall<'a>> {
         ("POST", ["snapshot", name, "rollback"]) => Rollback(name),
         ("POST", ["migrate"]) => Migrate,
         ("GET", ["interfaces"]) => Interfaces,
-        //@        ("POST", ["termproxy"]) => TermProxy,
-        //@        ("POST", ["vncproxy"]) => VncProxy,
-        //@        ("GET", ["vncwebsocket"]) => VncWebsocket,
+        ("POST", ["termproxy"]) => TermProxy,
+        ("POST", ["vncproxy"]) => VncProxy,
+        ("GET", ["vncwebsocket"]) => VncWebsocket,
         _ => return None,
     })
 }

@@ -2,8 +2,9 @@
 //! stop and destroy it.
 //!
 //! A unit is what `pve-container@VMID.service` is on a node: `lxc-start -F` as its main process,
-//! and active until that has ended and its cgroups are gone. This is longer than the API says
-//! `running`, and a start in between fails, as on a real node.
+//! and active until that has ended. This is longer than the API says `running`, and a start in
+//! between fails, as on a real node. The cgroups of the CT are not those of the unit: what a killed
+//! `lxc-start` leaves stays, and the next start fails on it unless the pre-start hook removes it.
 
 use std::ffi::CString;
 use std::fs;
@@ -304,9 +305,6 @@ impl Node {
             // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
             // post-stop hook does not change that.
             let ran = child.wait().await;
-            let node = self.clone();
-            // Also what systemd's KillMode=mixed does: no process of the unit survives.
-            let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
             if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok()
                 && let Ok(again) = self.restart(vmid)
             {
@@ -520,7 +518,14 @@ impl Node {
             }
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;
         }
-        self.cgroups.remove_parents();
+        let cgroups = self.cgroups.clone();
+        let vmids: Vec<u32> = self.cts().iter().map(|ct| ct.vmid).collect();
+        let removal = move || {
+            vmids.into_iter().for_each(|vmid| cgroups.remove(vmid));
+            cgroups.remove_parents();
+        };
+        // It waits for processes to go, which may take a while.
+        let _ = tokio::task::spawn_blocking(removal).await;
     }
 }
 

@@ -105,11 +105,10 @@ where
             Err(Stop::Gone) => return,
             Err(Stop::Answer(error)) => (Reply::from(Err(error)), true),
         };
-        let Some(reply) = reply else { return };
-        let reply = match reply.into_websocket() {
-            Ok(client) => return connection.become_websocket(client).await,
-            Err(reply) => reply,
-        };
+        let Some(mut reply) = reply else { return };
+        if let Some(client) = reply.take_websocket() {
+            return connection.become_websocket(client).await;
+        }
         let close = close || reply.closes() || count >= MAX_REQUESTS;
         if connection.write_reply(&reply, close).await.is_err() || close {
             let _ = connection.stream.shutdown().await;
@@ -142,9 +141,8 @@ impl Reply {
     }
 
     /// The client of a websocket, if the connection is to become one.
-    fn into_websocket(mut self) -> Result<Client, Self> {
-        let client = self.answer.as_mut().ok().and_then(|a| a.websocket.take());
-        client.ok_or(self)
+    fn take_websocket(&mut self) -> Option<Client> {
+        self.answer.as_mut().ok().and_then(|a| a.websocket.take())
     }
 
     /// Whether the connection ends with it.

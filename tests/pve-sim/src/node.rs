@@ -139,8 +139,8 @@ impl Node {
             make_dir(dir)?;
         }
         make_dir(&paths.vz.join("template/cache"))?;
-        write_share(&paths, &dc.profile)?;
         let cgroups = Cgroups::discover();
+        write_share(&paths, &dc.profile, &cgroups)?;
         let host = host(&paths, &cgroups);
         let local = Arc::new(Storage::dir("local", &paths.vz, false));
         let storages = [local].into_iter().chain(shared.iter().cloned()).collect();

@@ -15,7 +15,7 @@ const SYSTEM_LXC_CONFIG: &str = "/usr/share/lxc/config";
 
 /// Writes what stands for `/usr/share/lxc`: the system's files with Proxmox VE's hooks added, so
 /// that liblxc itself decides whether an include of the CT has cleared them.
-pub fn write_share(paths: &Paths, profile: &Profile) -> Result<(), StartError> {
+pub fn write_share(paths: &Paths, profile: &Profile, cgroups: &Cgroups) -> Result<(), StartError> {
     let config = paths.share.join("config");
     let hooks = paths.share.join("hooks");
     make_dir(&config)?;
@@ -39,8 +39,14 @@ pub fn write_share(paths: &Paths, profile: &Profile) -> Result<(), StartError> {
     };
     let pre_start = format!(
         "#!/bin/sh\n\
-         # Mounts the CT's rootfs and mount points, as Proxmox VE's hook of this name does.\n\
+         # Removes cgroups that a killed lxc-start has left, and mounts the CT's rootfs and mount\n\
+         # points, as Proxmox VE's hook of this name does.\n\
          {pause}\n\
+         for base in {bases}; do\n\
+         \tfor dir in \"$base/lxc/$LXC_NAME\" \"$base/lxc.monitor/$LXC_NAME\"; do\n\
+         \t\t[ ! -d \"$dir\" ] || find \"$dir\" -depth -type d -exec rmdir {{}} \\;\n\
+         \tdone\n\
+         done\n\
          root='{lxc}'/\"$LXC_NAME\"/rootfs\n\
          while IFS='\t' read -r kind source target mode; do\n\
          \tpath=$root\n\
@@ -65,6 +71,7 @@ pub fn write_share(paths: &Paths, profile: &Profile) -> Result<(), StartError> {
          \t[ \"$mode\" = rw ] || mount -o remount,bind,ro \"$path\" || exit 2\n\
          done <'{lxc}'/\"$LXC_NAME\"/mounts\n",
         pause = pause(Step::HookPreStart),
+        bases = cgroups.bases().map(|b| format!("'{}'", b.display())).collect::<Vec<_>>().join(" "),
         lxc = paths.lxc.display(),
     );
     let post_stop = format!(

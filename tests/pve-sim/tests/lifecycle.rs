@@ -59,8 +59,8 @@ fn write_ct(dir: &Path, node: &Node, vmid: u32) {
     fs::write(node.paths.confs.join(format!("{vmid}.conf")), conf).unwrap();
 }
 
-/// Starts a CT and returns the pid of its lxc-start.
-async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
+/// Runs a start task, and returns how it ended.
+async fn start_status(node: &Arc<Node>, vmid: u32) -> String {
     let who = Identity::token("root@pam", "t", false);
     let this = node.clone();
     let upid = node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
@@ -70,7 +70,12 @@ async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
     while !task.ended() {
         sleep(Duration::from_millis(2)).await;
     }
-    assert!(!task.failed(), "{} {:?}", task.status(), task.page(0, 0));
+    task.status()["exitstatus"].as_str().unwrap().to_owned()
+}
+
+/// Starts a CT and returns the pid of its lxc-start.
+async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
+    assert_eq!(start_status(node, vmid).await, "OK");
     let text = fs::read_to_string(node.paths.units.join(vmid.to_string())).unwrap();
     text.split(' ').next().unwrap().parse().unwrap()
 }
@@ -160,27 +165,61 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
     });
 }
 
+/// Kills the `lxc-start` of a CT, and waits until its unit is inactive.
+async fn kill(node: &Node, vmid: u32, pid: u32) {
+    pve_sim::sys::kill(pid, 9).unwrap();
+    let unit = node.paths.units.join(vmid.to_string());
+    for _ in 0..500 {
+        if !unit.exists() {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the unit is still active");
+}
+
 #[test]
-fn a_killed_lxc_start_takes_its_ct_along() {
+fn cgroups_that_a_killed_lxc_start_leaves_are_removed_by_the_stock_hook() {
     require_cts();
     let dir = tempfile::tempdir().unwrap();
     let vmid = vmid(3);
     runtime().block_on(async {
-        let node = open(&dir.path().join("node"));
-        write_ct(dir.path(), node.first(), vmid);
-        let pid = start(node.first(), vmid).await;
-        pve_sim::sys::kill(pid, 9).unwrap();
-        let unit = node.first().paths.units.join(vmid.to_string());
-        for _ in 0..500 {
-            if !unit.exists() {
-                break;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        assert!(!unit.exists());
+        let cluster = open(&dir.path().join("node"));
+        let node = cluster.first();
+        write_ct(dir.path(), node, vmid);
+        let pid = start(node, vmid).await;
+        kill(node, vmid, pid).await;
+        assert!(!cgroups(vmid).is_empty(), "somebody else has removed them");
+        start(node, vmid).await;
+        cluster.shut_down().await;
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        start(node.first(), vmid).await;
-        node.shut_down().await;
+    });
+}
+
+#[test]
+fn without_the_stock_hook_they_make_the_next_start_fail() {
+    require_cts();
+    let dir = tempfile::tempdir().unwrap();
+    let vmid = vmid(4);
+    runtime().block_on(async {
+        let cluster = open(&dir.path().join("node"));
+        let node = cluster.first();
+        write_ct(dir.path(), node, vmid);
+        let include = dir.path().join("include.conf");
+        let rootfs = dir.path().join("rootfs");
+        let keys = format!("lxc.hook.pre-start =\nlxc.rootfs.path = {}\n", rootfs.display());
+        fs::write(&include, keys).unwrap();
+        let conf = node.paths.confs.join(format!("{vmid}.conf"));
+        let text = fs::read_to_string(&conf).unwrap();
+        fs::write(&conf, format!("{text}lxc.include: {}\n", include.display())).unwrap();
+        let pid = start(node, vmid).await;
+        kill(node, vmid, pid).await;
+        let status = start_status(node, vmid).await;
+        assert_eq!(status, format!("startup for container '{vmid}' failed"));
+        cluster.shut_down().await;
+        assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
+        start(node, vmid).await;
+        cluster.shut_down().await;
     });
 }
 

@@ -18,10 +18,10 @@ use crate::task::Task;
 use crate::userns;
 
 /// A CT to be made.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct NewCt {
-    /// Its VMID, claimed by a configuration with the lock `create`.
-    pub vmid: u32,
+    /// Its VMID.
+    pub claim: Claim,
     /// Its configuration without `rootfs` and mount points.
     pub config: Section,
     /// `rootfs` and mount points.
@@ -31,57 +31,63 @@ pub struct NewCt {
 }
 
 /// A CT to be copied.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct NewClone {
     /// The CT to copy.
     pub from: u32,
-    /// The VMID of the copy, claimed.
-    pub to: u32,
+    /// The VMID of the copy.
+    pub claim: Claim,
     /// The configuration of the copy, still with the volumes of the original.
     pub config: Section,
     /// Where its volumes go; where those of the original are if absent.
     pub storage: Option<String>,
 }
 
-/// What is to be undone unless the task ends well: the claim and the volumes of a new CT.
-struct Undo {
+/// A VMID that nobody else can have: a configuration that only says so. It is given back, with the
+/// volumes that were made for it, unless the CT is finished.
+#[derive(Debug)]
+pub struct Claim {
     node: Arc<Node>,
     vmid: u32,
     volumes: Vec<VolumeId>,
-    remove_conf: bool,
+    finished: bool,
 }
 
-impl Undo {
-    fn done(mut self) {
-        self.volumes.clear();
-        self.remove_conf = false;
+impl Claim {
+    /// Stores the configuration of the CT, which is real from now on.
+    fn finish(mut self, config: &Config) -> Result<(), String> {
+        self.node.store(self.vmid, config)?;
+        self.finished = true;
+        Ok(())
     }
 }
 
-impl Drop for Undo {
+impl Drop for Claim {
     // Not a function to call at the end, as a task may be interrupted at any await.
     fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
         for volume in &self.volumes {
             if let Err(error) = self.node.free_volume(volume) {
                 self.node.note(&error);
             }
         }
-        if self.remove_conf {
-            let _ = self.node.remove_conf(self.vmid);
-            self.node.dc.acl_mut().forget_guest(self.vmid);
-        }
+        let _ = self.node.remove_conf(self.vmid);
+        self.node.dc.acl_mut().forget_guest(self.vmid);
     }
 }
 
 impl Node {
-    /// Claims a VMID by a configuration that only says so.
-    pub fn claim(&self, vmid: u32) -> Result<(), String> {
+    /// Claims a VMID.
+    pub fn claim(self: &Arc<Self>, vmid: u32) -> Result<Claim, String> {
         let _guard = self.dc.claims();
         self.dc.check_quorum()?;
         self.check_unused(vmid)?;
         let mut config = Config::default();
         config.current.set("lock", "create");
-        self.store(vmid, &config)
+        self.store(vmid, &config)?;
+        Ok(Claim { node: self.clone(), vmid, volumes: Vec::new(), finished: false })
     }
 
     /// Fails if a VMID is in use on any node, by a CT or a virtual machine.
@@ -99,13 +105,13 @@ impl Node {
 
     /// The body of a create task.
     pub async fn create_ct(self: Arc<Self>, task: Arc<Task>, new: NewCt) -> Result<(), String> {
-        let vmid = new.vmid;
+        let vmid = new.claim.vmid;
         self.make_ct(&task, new).await.map_err(|e| format!("unable to create CT {vmid} - {e}"))
     }
 
     async fn make_ct(self: Arc<Self>, task: &Task, new: NewCt) -> Result<(), String> {
-        let vmid = new.vmid;
-        let mut undo = Undo { node: self.clone(), vmid, volumes: Vec::new(), remove_conf: true };
+        let mut claim = new.claim;
+        let vmid = claim.vmid;
         let _lock = self.lock_ct(vmid).await?;
         task.reach("locked")?;
         let template = self.volume_path(&new.template)?;
@@ -123,7 +129,7 @@ impl Node {
                     let path = self.volume_path(&volume)?;
                     task.log(&format!("Formatting '{}', fmt=raw", path.display()));
                 }
-                undo.volumes.push(volume);
+                claim.volumes.push(volume);
             }
             config.current.set(&key, &mount.to_string());
             if key == "rootfs" {
@@ -147,9 +153,7 @@ impl Node {
         complete(&mut config.current, image, target.dir, task);
         staging.finish(unprivileged).await?;
         task.reach("extracted")?;
-        self.store(vmid, &config)?;
-        undo.done();
-        Ok(())
+        claim.finish(&config)
     }
 
     /// Makes the volume that a mount point asks for. Gives it if it is new.
@@ -204,10 +208,9 @@ impl Node {
 
     /// The body of a clone task. On storages without snapshots every clone is a full copy.
     pub async fn clone_ct(self: Arc<Self>, task: Arc<Task>, new: NewClone) -> Result<(), String> {
-        let (from, to) = (new.from, new.to);
+        let mut claim = new.claim;
+        let (from, to) = (new.from, claim.vmid);
         task.log(&format!("creating a clone of container {from} with ID {to}"));
-        let mut undo =
-            Undo { node: self.clone(), vmid: to, volumes: Vec::new(), remove_conf: true };
         let _lock = self.lock_ct(from).await?;
         task.reach("locked")?;
         let mut config = Config { current: new.config, ..Config::default() };
@@ -217,13 +220,11 @@ impl Node {
             task.log(&format!("create full clone of mountpoint {key} ({volume})"));
             let storage = new.storage.as_deref().unwrap_or(&volume.storage);
             let copy = self.copy_volume(&task, &volume, to, storage).await?;
-            undo.volumes.push(copy.clone());
+            claim.volumes.push(copy.clone());
             mount.source = Source::Volume(copy);
             config.current.set(&key, &mount.to_string());
         }
-        self.store(to, &config)?;
-        undo.done();
-        Ok(())
+        claim.finish(&config)
     }
 
     /// Copies a volume for a guest into a storage.

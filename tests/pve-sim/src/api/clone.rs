@@ -86,13 +86,13 @@ pub fn clone(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
             config.set(key, value);
         }
     }
-    cx.node.claim(to)?;
+    let claim = cx.node.claim(to)?;
     if let Some(pool) = pool
         && let Some(pool) = cx.cluster.dc.acl_mut().pools.get_mut(pool)
     {
         pool.vms.insert(to);
     }
-    let new = NewClone { from: vmid, to, config, storage: storage.map(str::to_owned) };
+    let new = NewClone { from: vmid, claim, config, storage: storage.map(str::to_owned) };
     let node = cx.node.clone();
     let upid = cx.node.tasks.spawn(&cx.node.name, "vzclone", &vmid.to_string(), cx.who, |task| {
         node.clone_ct(task, new)

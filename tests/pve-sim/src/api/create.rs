@@ -110,13 +110,13 @@ pub fn create(cx: &Context<'_>) -> Result<Answer, ApiError> {
     let allowed = ["Datastore.AllocateSpace", "Datastore.Audit", "Datastore.AllocateTemplate"];
     cx.acl().require_any(cx.who, &path, &allowed)?;
 
-    cx.node.claim(vmid).map_err(|e| format!("unable to create CT {vmid} - {e}"))?;
+    let claim = cx.node.claim(vmid).map_err(|e| format!("unable to create CT {vmid} - {e}"))?;
     if let Some(pool) = pool
         && let Some(pool) = cx.cluster.dc.acl_mut().pools.get_mut(pool)
     {
         pool.vms.insert(vmid);
     }
-    let new = NewCt { vmid, config, mounts, template };
+    let new = NewCt { claim, config, mounts, template };
     let (node, who) = (cx.node.clone(), cx.who.clone());
     let start = params.flag("start");
     let upid = cx.node.tasks.spawn(

@@ -23,7 +23,9 @@ if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
 	echo "== init with real LXC, the bootstrap protocol, the client, the simulator and its contract"
-	cargo test --locked --workspace --test ct --test bootstrap --test client --test contract --test lifecycle --test faults
+	cargo test --locked -p proxmox-shim-init --test ct
+	cargo test --locked -p containerd-shim-proxmox-v2 --test bootstrap --test client
+	cargo test --locked -p pve-sim --tests
 	cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi

@@ -1,4 +1,4 @@
-//! Users, API tokens, roles and access control entries.
+//! Users, API tokens, access control entries and pools.
 //!
 //! The rules are those of Proxmox VE: an entry on a path replaces what was inherited from above
 //! it, and a privilege-separated token has the intersection of its own and its user's rights.
@@ -6,68 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::ApiError;
-
-/// Every privilege that Proxmox VE 9.2 knows.
-pub const PRIVILEGES: &[&str] = &[
-    "Datastore.Allocate",
-    "Datastore.AllocateSpace",
-    "Datastore.AllocateTemplate",
-    "Datastore.Audit",
-    "Group.Allocate",
-    "Mapping.Audit",
-    "Mapping.Modify",
-    "Mapping.Use",
-    "Permissions.Modify",
-    "Pool.Allocate",
-    "Pool.Audit",
-    "Realm.Allocate",
-    "Realm.AllocateUser",
-    "SDN.Allocate",
-    "SDN.Audit",
-    "SDN.Use",
-    "Sys.AccessNetwork",
-    "Sys.Audit",
-    "Sys.Console",
-    "Sys.Incoming",
-    "Sys.Modify",
-    "Sys.PowerMgmt",
-    "Sys.Syslog",
-    "User.Modify",
-    "VM.Allocate",
-    "VM.Audit",
-    "VM.Backup",
-    "VM.Clone",
-    "VM.Config.CDROM",
-    "VM.Config.CPU",
-    "VM.Config.Cloudinit",
-    "VM.Config.Disk",
-    "VM.Config.HWType",
-    "VM.Config.Memory",
-    "VM.Config.Network",
-    "VM.Config.Options",
-    "VM.Console",
-    "VM.GuestAgent.Audit",
-    "VM.GuestAgent.FileRead",
-    "VM.GuestAgent.FileSystemMgmt",
-    "VM.GuestAgent.FileWrite",
-    "VM.GuestAgent.Unrestricted",
-    "VM.Migrate",
-    "VM.PowerMgmt",
-    "VM.Replicate",
-    "VM.Snapshot",
-    "VM.Snapshot.Rollback",
-];
-
-/// What the built-in role `PVEAdmin` lacks.
-const NOT_PVE_ADMIN: &[&str] = &[
-    "Mapping.Modify",
-    "Permissions.Modify",
-    "Realm.Allocate",
-    "Sys.AccessNetwork",
-    "Sys.Incoming",
-    "Sys.Modify",
-    "Sys.PowerMgmt",
-];
+use crate::roles::{self, PRIVILEGES, Role};
+use crate::ticket::same;
 
 /// The role that the shim's token gets on `/vms`.
 pub const SHIM_ROLE: &str = "ContainerdShim";
@@ -103,7 +43,17 @@ pub struct Identity {
 impl Identity {
     /// The user root@pam, who may do what no token may.
     pub fn administrator() -> Self {
-        Self { user: "root@pam".into(), token: None, privsep: false }
+        Self::user("root@pam")
+    }
+
+    /// Somebody who is about to log in.
+    pub fn nobody() -> Self {
+        Self::user("")
+    }
+
+    /// A user who has logged in.
+    pub fn user(name: &str) -> Self {
+        Self { user: name.into(), token: None, privsep: false }
     }
 
     /// An API token.
@@ -125,45 +75,76 @@ impl Identity {
     }
 }
 
-#[derive(Debug, Clone)]
-struct Entry {
-    path: String,
-    propagate: bool,
+/// An access control entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// What it is about.
+    pub path: String,
+    /// Whether it holds below the path too.
+    pub propagate: bool,
     /// A user, or a token as `NAME@REALM!TOKEN`.
-    subject: String,
-    role: String,
+    pub subject: String,
+    /// The role.
+    pub role: String,
 }
 
+/// A user.
+#[derive(Debug, Clone, Default)]
+pub struct User {
+    /// Without one there is no login.
+    pub password: Option<String>,
+    /// Free text.
+    pub comment: Option<String>,
+    /// Whether it may do anything at all.
+    pub disabled: bool,
+    /// Its API tokens by name.
+    pub tokens: BTreeMap<String, Token>,
+}
+
+/// An API token.
 #[derive(Debug, Clone)]
-struct Token {
-    secret: String,
-    privsep: bool,
+pub struct Token {
+    /// The UUID.
+    pub secret: String,
+    /// Whether it has rights of its own instead of its user's.
+    pub privsep: bool,
+    /// Free text.
+    pub comment: Option<String>,
 }
 
-/// The access control of a node.
+/// A pool: guests and storages with common rights.
+#[derive(Debug, Clone, Default)]
+pub struct Pool {
+    /// Free text.
+    pub comment: Option<String>,
+    /// Its guests.
+    pub vms: BTreeSet<u32>,
+    /// Its storages.
+    pub storages: BTreeSet<String>,
+}
+
+/// The access control of a datacenter.
 #[derive(Debug, Clone)]
 pub struct Acl {
-    roles: BTreeMap<String, BTreeSet<&'static str>>,
-    entries: Vec<Entry>,
-    tokens: BTreeMap<String, Token>,
+    /// Roles by name.
+    pub roles: BTreeMap<String, Role>,
+    /// All entries.
+    pub entries: Vec<Entry>,
+    /// Users by `NAME@REALM`.
+    pub users: BTreeMap<String, User>,
+    /// Pools by name.
+    pub pools: BTreeMap<String, Pool>,
 }
 
 impl Default for Acl {
+    /// That of a fresh installation: root@pam, who cannot log in before it has a password.
     fn default() -> Self {
-        let all = || PRIVILEGES.iter().copied();
-        let admin = all().filter(|p| !NOT_PVE_ADMIN.contains(p)).collect();
-        let auditor = all().filter(|p| p.ends_with(".Audit")).collect();
-        let vm_admin = all().filter(|p| p.starts_with("VM.")).collect();
-        let roles = BTreeMap::from([
-            ("Administrator".to_owned(), all().collect()),
-            ("NoAccess".to_owned(), BTreeSet::new()),
-            ("PVEAdmin".to_owned(), admin),
-            ("PVEAuditor".to_owned(), auditor),
-            ("PVEVMAdmin".to_owned(), vm_admin),
-            (SHIM_ROLE.to_owned(), SHIM_PRIVILEGES.iter().copied().collect()),
-            (SHIM_NODE_ROLE.to_owned(), BTreeSet::from(["Sys.Audit"])),
-        ]);
-        Self { roles, entries: Vec::new(), tokens: BTreeMap::new() }
+        Self {
+            roles: roles::built_in(),
+            entries: Vec::new(),
+            users: BTreeMap::from([("root@pam".to_owned(), User::default())]),
+            pools: BTreeMap::new(),
+        }
     }
 }
 
@@ -172,6 +153,10 @@ impl Acl {
     /// `containerd@pve!shim` what the shim needs.
     pub fn with_tokens(admin_secret: &str, shim_secret: &str) -> Self {
         let mut acl = Self::default();
+        for (name, privileges) in [(SHIM_ROLE, SHIM_PRIVILEGES), (SHIM_NODE_ROLE, &["Sys.Audit"])] {
+            let privileges = privileges.iter().copied().collect();
+            acl.roles.insert(name.to_owned(), Role { privileges, special: false });
+        }
         acl.add_token("root@pam", "admin", admin_secret, false);
         acl.add_token("containerd@pve", "shim", shim_secret, true);
         for subject in ["containerd@pve", "containerd@pve!shim"] {
@@ -181,46 +166,77 @@ impl Acl {
         acl
     }
 
-    /// Adds a token.
+    /// Adds a token, and its user if there is none.
     pub fn add_token(&mut self, user: &str, name: &str, secret: &str, privsep: bool) {
-        let token = Token { secret: secret.to_owned(), privsep };
-        self.tokens.insert(format!("{user}!{name}"), token);
+        let token = Token { secret: secret.to_owned(), privsep, comment: None };
+        self.users.entry(user.to_owned()).or_default().tokens.insert(name.to_owned(), token);
     }
 
     /// Removes a token by its full name; whether it was there.
     pub fn remove_token(&mut self, id: &str) -> bool {
-        self.tokens.remove(id).is_some()
+        let Some((user, name)) = id.split_once('!') else { return false };
+        self.users.get_mut(user).is_some_and(|u| u.tokens.remove(name).is_some())
     }
 
     /// Gives a user or token a role on a path and all below it.
     pub fn grant(&mut self, path: &str, subject: &str, role: &str) {
-        self.entries.push(Entry {
-            path: path.to_owned(),
-            propagate: true,
-            subject: subject.to_owned(),
-            role: role.to_owned(),
-        });
+        self.set_entry(path, subject, role, true, false);
     }
 
-    /// Authenticates a request by its `Authorization` and `Cookie` headers.
-    pub fn authenticate(
-        &self,
-        authorization: Option<&str>,
-        cookie: Option<&str>,
-    ) -> Result<Identity, ApiError> {
-        let failed = ApiError::Unauthorized("Authentication failed!");
-        let Some(header) = authorization else {
-            let ticket = cookie.is_some_and(|c| c.contains("PVEAuthCookie="));
-            return Err(if ticket { failed } else { ApiError::Unauthorized("No ticket") });
-        };
-        let found = header.strip_prefix("PVEAPIToken=").and_then(|t| t.rsplit_once('=')).and_then(
-            |(id, secret)| {
-                let token = self.tokens.get(id).filter(|t| same(&t.secret, secret))?;
-                let (user, name) = id.split_once('!')?;
-                Some(Identity::token(user, name, token.privsep))
-            },
-        );
-        found.ok_or(failed)
+    /// Sets or deletes an entry.
+    pub fn set_entry(
+        &mut self,
+        path: &str,
+        subject: &str,
+        role: &str,
+        propagate: bool,
+        delete: bool,
+    ) {
+        self.entries.retain(|e| {
+            (e.path.as_str(), e.subject.as_str(), e.role.as_str()) != (path, subject, role)
+        });
+        if !delete {
+            self.entries.push(Entry {
+                path: path.to_owned(),
+                propagate,
+                subject: subject.to_owned(),
+                role: role.to_owned(),
+            });
+        }
+    }
+
+    /// Forgets the rights on a guest and its place in a pool, as its removal does.
+    pub fn forget_guest(&mut self, vmid: u32) {
+        let path = format!("/vms/{vmid}");
+        self.entries.retain(|e| e.path != path);
+        for pool in self.pools.values_mut() {
+            pool.vms.remove(&vmid);
+        }
+    }
+
+    /// The pool of a guest.
+    pub fn pool_of(&self, vmid: u32) -> Option<&str> {
+        self.pools.iter().find(|(_, p)| p.vms.contains(&vmid)).map(|(name, _)| name.as_str())
+    }
+
+    /// The identity of an `Authorization` header.
+    pub fn by_token(&self, header: &str) -> Option<Identity> {
+        let (id, secret) = header.strip_prefix("PVEAPIToken=")?.rsplit_once('=')?;
+        let (name, token_name) = id.split_once('!')?;
+        let user = self.users.get(name).filter(|u| !u.disabled)?;
+        let token = user.tokens.get(token_name).filter(|t| same(&t.secret, secret))?;
+        Some(Identity::token(name, token_name, token.privsep))
+    }
+
+    /// The identity of a user or token by its full name.
+    pub fn by_name(&self, id: &str) -> Option<Identity> {
+        match id.split_once('!') {
+            Some((user, token)) => {
+                let privsep = self.users.get(user)?.tokens.get(token)?.privsep;
+                Some(Identity::token(user, token, privsep))
+            }
+            None => self.users.contains_key(id).then(|| Identity::user(id)),
+        }
     }
 
     /// The privileges of an identity on a path.
@@ -239,20 +255,40 @@ impl Acl {
     }
 
     fn granted(&self, subject: &str, path: &str) -> BTreeSet<&'static str> {
-        let mut result = BTreeSet::new();
+        let mut roles: Vec<&str> = self.inherited_roles(subject, path);
+        if roles.contains(&"NoAccess") {
+            return BTreeSet::new();
+        }
+        for (name, _) in self.pools.iter().filter(|(_, pool)| match path.split_once("/vms/") {
+            Some(("", vmid)) => vmid.parse().is_ok_and(|v| pool.vms.contains(&v)),
+            _ => path.strip_prefix("/storage/").is_some_and(|s| pool.storages.contains(s)),
+        }) {
+            roles.extend(self.inherited_roles(subject, &format!("/pool/{name}")));
+        }
+        roles
+            .iter()
+            .filter_map(|r| self.roles.get(*r))
+            .flat_map(|r| &r.privileges)
+            .copied()
+            .collect()
+    }
+
+    /// The roles of the deepest entries on the way to a path.
+    fn inherited_roles(&self, subject: &str, path: &str) -> Vec<&str> {
+        let mut roles = Vec::new();
         for prefix in prefixes(path) {
-            let here = self
+            let here: Vec<_> = self
                 .entries
                 .iter()
                 .filter(|e| e.subject == subject && e.path == prefix)
-                .filter(|e| e.propagate || prefix == path);
-            let roles: Vec<_> = here.map(|e| e.role.as_str()).collect();
-            if roles.is_empty() {
-                continue;
+                .filter(|e| e.propagate || prefix == path)
+                .map(|e| e.role.as_str())
+                .collect();
+            if !here.is_empty() {
+                roles = here;
             }
-            result = roles.iter().filter_map(|r| self.roles.get(*r)).flatten().copied().collect();
         }
-        result
+        roles
     }
 
     /// Whether the identity has one privilege on a path.
@@ -297,11 +333,6 @@ fn prefixes(path: &str) -> Vec<&str> {
     list
 }
 
-/// Compares in a time that does not depend on where the difference is.
-fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |d, (x, y)| d | (x ^ y)) == 0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -336,16 +367,14 @@ mod tests {
     }
 
     #[test]
-    fn authentication_tells_no_ticket_from_a_wrong_one() {
+    fn a_token_is_known_by_its_whole_secret() {
         let acl = Acl::with_tokens("s1", "s2");
-        let auth = |h: Option<&str>, c: Option<&str>| acl.authenticate(h, c).map(|i| i.auth_id());
-        assert_eq!(auth(Some("PVEAPIToken=root@pam!admin=s1"), None).unwrap(), "root@pam!admin");
-        let failed = Err(ApiError::Unauthorized("Authentication failed!"));
-        assert_eq!(auth(Some("PVEAPIToken=root@pam!admin=s2"), None), failed);
-        assert_eq!(auth(Some("PVEAPIToken=root@pam!nope=s1"), None), failed);
-        assert_eq!(auth(Some("PVEAPIToken root@pam!admin=s1"), None), failed);
-        assert_eq!(auth(None, Some("PVEAuthCookie=x")), failed);
-        assert_eq!(auth(None, None), Err(ApiError::Unauthorized("No ticket")));
+        let auth = |h: &str| acl.by_token(h).map(|i| i.auth_id());
+        assert_eq!(auth("PVEAPIToken=root@pam!admin=s1").unwrap(), "root@pam!admin");
+        assert_eq!(auth("PVEAPIToken=root@pam!admin=s2"), None);
+        assert_eq!(auth("PVEAPIToken=root@pam!nope=s1"), None);
+        assert_eq!(auth("PVEAPIToken=nobody@pam!admin=s1"), None);
+        assert_eq!(auth("PVEAPIToken root@pam!admin=s1"), None);
     }
 
     #[test]
@@ -360,5 +389,29 @@ mod tests {
         assert_eq!(denied.to_string(), "Permission check failed (/, Sys.Modify)");
         assert!(!acl.may(&shim, "/vms/90000", "VM.Console"));
         assert!(!acl.may(&shim, "/nodes/pve1", "Sys.Modify"));
+    }
+
+    #[test]
+    fn members_of_a_pool_have_the_rights_on_it() {
+        let mut acl = Acl::default();
+        acl.grant("/pool/p", "a@pve", "PVEVMUser");
+        let pool = acl.pools.entry("p".into()).or_default();
+        pool.vms.insert(100);
+        let a = id("a@pve", "t", false);
+        assert!(acl.may(&a, "/vms/100", "VM.PowerMgmt"));
+        assert!(!acl.may(&a, "/vms/101", "VM.PowerMgmt"));
+        acl.grant("/vms/100", "a@pve", "NoAccess");
+        assert!(!acl.may(&a, "/vms/100", "VM.PowerMgmt"));
+    }
+
+    #[test]
+    fn an_entry_that_does_not_propagate_stays_on_its_path() {
+        let mut acl = Acl::default();
+        acl.set_entry("/vms", "a@pve", "PVEVMUser", false, false);
+        let a = id("a@pve", "t", false);
+        assert!(acl.may(&a, "/vms", "VM.Audit"));
+        assert!(!acl.may(&a, "/vms/100", "VM.Audit"));
+        acl.set_entry("/vms", "a@pve", "PVEVMUser", false, true);
+        assert!(!acl.may(&a, "/vms", "VM.Audit"));
     }
 }

@@ -37,6 +37,11 @@ impl Cgroups {
         Self(find(&mounts, &own))
     }
 
+    /// The directories below which liblxc puts its cgroups.
+    pub fn bases(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|h| h.base.as_path())
+    }
+
     /// The controllers that cgroup2 has.
     pub fn v2_controllers(&self) -> Vec<String> {
         self.0

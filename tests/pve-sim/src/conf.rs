@@ -70,6 +70,45 @@ const NET: &[Spec] = &[
     opt("type", Kind::Enum(&["veth"])),
 ];
 
+const ROOTFS: &[Spec] = &[
+    req("volume", Kind::Text(4096)),
+    opt("acl", Kind::Bool),
+    opt("idmap", Kind::Text(4096)),
+    opt("mountoptions", Kind::Text(255)),
+    opt("quota", Kind::Bool),
+    opt("replicate", Kind::Bool),
+    opt("ro", Kind::Bool),
+    opt("shared", Kind::Bool),
+    opt("size", Kind::Pattern(is_size)),
+];
+
+const MOUNT_POINT: &[Spec] = &[
+    req("volume", Kind::Text(4096)),
+    opt("acl", Kind::Bool),
+    opt("backup", Kind::Bool),
+    opt("idmap", Kind::Text(4096)),
+    opt("mountoptions", Kind::Text(255)),
+    req("mp", Kind::Format(check_mount_path)),
+    opt("quota", Kind::Bool),
+    opt("replicate", Kind::Bool),
+    opt("ro", Kind::Bool),
+    opt("shared", Kind::Bool),
+    opt("size", Kind::Pattern(is_size)),
+];
+
+fn is_size(text: &str) -> bool {
+    crate::storage::parse_size(text).is_some()
+}
+
+/// A directory inside a CT.
+fn check_mount_path(text: &str) -> Result<(), String> {
+    let inside = text.starts_with('/')
+        && text.len() > 1
+        && !text.split('/').any(|part| matches!(part, "." | ".."))
+        && !text.chars().any(char::is_control);
+    if inside { Ok(()) } else { Err(format!("'{text}' is no path inside the container")) }
+}
+
 /// The options of a CT that the API can set.
 pub const OPTIONS: &[Spec] = &[
     opt("arch", Kind::Enum(ARCHS)),
@@ -88,13 +127,13 @@ pub const OPTIONS: &[Spec] = &[
     opt("hostname", Kind::Format(check_dns_name)),
     opt("lock", Kind::Enum(LOCKS)),
     opt("memory", Kind::Int(16, MAX)),
-    opt("mp[n]", Kind::Text(4096)),
+    opt("mp[n]", Kind::Props(MOUNT_POINT)),
     opt("nameserver", Kind::Text(4096)),
     opt("net[n]", Kind::Props(NET)),
     opt("onboot", Kind::Bool),
     opt("ostype", Kind::Enum(OSTYPES)),
     opt("protection", Kind::Bool),
-    opt("rootfs", Kind::Text(4096)),
+    opt("rootfs", Kind::Props(ROOTFS)),
     opt("searchdomain", Kind::Text(4096)),
     opt("startup", Kind::Text(4096)),
     opt("swap", Kind::Int(0, MAX)),
@@ -132,7 +171,8 @@ fn is_env(text: &str) -> bool {
     })
 }
 
-fn check_dns_name(text: &str) -> Result<(), String> {
+/// Whether the text is a DNS name.
+pub fn check_dns_name(text: &str) -> Result<(), String> {
     let label = |l: &str| {
         !l.is_empty()
             && l.len() <= 63
@@ -621,6 +661,32 @@ impl Config {
     /// The `data` of `GET …/config?snapshot=NAME`.
     pub fn api_snapshot(&self, name: &str) -> Option<Json> {
         self.snapshots.get(name).map(|s| Json::Object(s.json(&self.digest)))
+    }
+
+    /// The `data` of `GET …/snapshot`.
+    pub fn api_snapshots(&self, running: bool) -> Json {
+        let parent = |section: &Section, row: &mut Json| {
+            if let Some(parent) = section.text("parent") {
+                row["parent"] = json!(parent);
+            }
+        };
+        let mut rows = Vec::new();
+        for (name, section) in &self.snapshots {
+            let notes = section.description.clone().unwrap_or_default();
+            let mut row = json!({"name": name, "description": notes});
+            if let Some(time) = section.int("snaptime") {
+                row["snaptime"] = json!(time);
+            }
+            parent(section, &mut row);
+            rows.push(row);
+        }
+        let mut current = json!({
+            "name": "current", "description": "You are here!", "digest": self.digest,
+            "running": i32::from(running),
+        });
+        parent(&self.current, &mut current);
+        rows.push(current);
+        Json::Array(rows)
     }
 
     /// The `data` of `GET …/pending`.

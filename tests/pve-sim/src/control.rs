@@ -19,9 +19,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::acl::Identity;
 use crate::api;
+use crate::cluster::Cluster;
 use crate::fault::{Call, Fault, TaskFault};
 use crate::http::Request;
-use crate::node::{Node, lock};
+use crate::node::lock;
 use crate::params::Params;
 
 /// How long an administrator's call waits for its task.
@@ -49,18 +50,26 @@ enum Command {
     ReleaseLock { vmid: u32 },
     /// Makes a token unknown.
     RevokeToken { token: String },
+    /// Gains or loses quorum.
+    Quorum { quorate: bool },
+    /// Lets a node go away, with its CTs, or come back.
+    Node { node: String, online: bool },
+    /// Fills a storage of all nodes up, or makes room again.
+    FillStorage { storage: String, full: bool },
+    /// Replaces the certificate by another of the same authority.
+    RotateCertificate {},
 }
 
 /// Locks that are held until they are released.
 #[derive(Debug, Default)]
-pub struct Held(Mutex<HashMap<u32, OwnedMutexGuard<()>>>);
+pub(crate) struct Held(Mutex<HashMap<u32, OwnedMutexGuard<()>>>);
 
 /// Serves the socket for ever.
-pub async fn serve(node: Arc<Node>, listener: UnixListener) {
+pub async fn serve(cluster: Arc<Cluster>, listener: UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(connection(node.clone(), stream));
+                tokio::spawn(connection(cluster.clone(), stream));
             }
             Err(_) => sleep(Duration::from_millis(100)).await,
         }
@@ -76,12 +85,12 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn connection(node: Arc<Node>, stream: UnixStream) {
+async fn connection(cluster: Arc<Cluster>, stream: UnixStream) {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(tokio::io::AsyncReadExt::take(read, MAX_LINE));
     let mut line = String::new();
     while matches!(read.read_line(&mut line).await, Ok(n) if n > 0) {
-        let answer = match command(&node, &line).await {
+        let answer = match command(&cluster, &line).await {
             Ok(value) => json!({"ok": value}),
             Err(text) => json!({"error": text}),
         };
@@ -94,31 +103,49 @@ async fn connection(node: Arc<Node>, stream: UnixStream) {
 }
 
 /// Carries out one command.
-pub async fn command(node: &Arc<Node>, line: &str) -> Result<Json, String> {
+pub async fn command(cluster: &Arc<Cluster>, line: &str) -> Result<Json, String> {
+    let faults = &cluster.dc.faults;
     match serde_json::from_str(line).map_err(|e| e.to_string())? {
-        Command::Fault(fault) => node.faults.add(fault),
-        Command::FailTask(fault) => node.faults.add_task(fault)?,
+        Command::Fault(fault) => faults.add(fault),
+        Command::FailTask(fault) => faults.add_task(fault)?,
         Command::Faults {} => {
-            let (requests, tasks) = node.faults.list();
+            let (requests, tasks) = faults.list();
             return Ok(json!({"requests": requests, "tasks": tasks}));
         }
         Command::Clear {} => {
-            node.faults.clear();
-            lock(&node.held.0).clear();
+            faults.clear();
+            lock(&cluster.held.0).clear();
         }
-        Command::Call(call) => return administrate(node, &call).await,
+        Command::Call(call) => return administrate(cluster, &call).await,
         Command::HoldLock { vmid } => {
-            let guard = node.lock_ct(vmid).await?;
-            lock(&node.held.0).insert(vmid, guard);
+            let guard = cluster.node_of(vmid).lock_ct(vmid).await?;
+            lock(&cluster.held.0).insert(vmid, guard);
         }
         Command::ReleaseLock { vmid } => {
-            let held = lock(&node.held.0).remove(&vmid);
+            let held = lock(&cluster.held.0).remove(&vmid);
             held.ok_or_else(|| format!("the lock of CT {vmid} is not held"))?;
         }
         Command::RevokeToken { token } => {
-            if !node.acl_mut().remove_token(&token) {
+            if !cluster.dc.acl_mut().remove_token(&token) {
                 return Err(format!("no such token '{token}'"));
             }
+        }
+        Command::Quorum { quorate } => cluster.dc.set_quorate(quorate),
+        Command::Node { node, online } => {
+            let node = cluster.node(&node).ok_or_else(|| format!("no such node '{node}'"))?;
+            node.set_online(online);
+            if !online {
+                node.shut_down().await;
+            }
+        }
+        Command::FillStorage { storage, full } => {
+            for node in cluster.nodes() {
+                node.storage(&storage)?.set_full(full);
+            }
+        }
+        Command::RotateCertificate {} => {
+            cluster.certificate.rotate().map_err(|e| e.to_string())?;
+            return Ok(json!({"fingerprint": cluster.certificate.fingerprint()}));
         }
     }
     Ok(Json::Null)
@@ -126,7 +153,7 @@ pub async fn command(node: &Arc<Node>, line: &str) -> Result<Json, String> {
 
 /// Makes a call as root@pam at the console, and waits for the end of its task. Gives the data, or
 /// the status of the task.
-pub async fn administrate(node: &Arc<Node>, call: &Call) -> Result<Json, String> {
+pub async fn administrate(cluster: &Arc<Cluster>, call: &Call) -> Result<Json, String> {
     let request = Request {
         method: call.method.clone(),
         path: format!("/api2/json{}", call.path),
@@ -134,9 +161,10 @@ pub async fn administrate(node: &Arc<Node>, call: &Call) -> Result<Json, String>
         ..Request::default()
     };
     // Boxed, as the call may itself be a part of answering a request.
-    let answer = Box::pin(api::handle(node, &Identity::administrator(), &request)).await;
+    let answer =
+        Box::pin(api::handle(cluster, cluster.first(), &Identity::administrator(), &request)).await;
     let data = answer.map_err(|e| e.detail())?.data;
-    let Some(task) = data.as_str().and_then(|upid| node.tasks.get(upid)) else { return Ok(data) };
+    let Some(task) = data.as_str().and_then(|upid| cluster.task(upid)) else { return Ok(data) };
     let ended = async {
         while !task.ended() {
             sleep(Duration::from_millis(2)).await;

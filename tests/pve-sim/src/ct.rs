@@ -2,8 +2,9 @@
 //! stop and destroy it.
 //!
 //! A unit is what `pve-container@VMID.service` is on a node: `lxc-start -F` as its main process,
-//! and active until that has ended and its cgroups are gone. This is longer than the API says
-//! `running`, and a start in between fails, as on a real node.
+//! and active until that has ended. This is longer than the API says `running`, and a start in
+//! between fails, as on a real node. The cgroups of the CT are not those of the unit: what a killed
+//! `lxc-start` leaves stays, and the next start fails on it unless the pre-start hook removes it.
 
 use std::fs;
 use std::io;
@@ -18,10 +19,13 @@ use tokio::process::Command as Process;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::conf::Config;
 use crate::generate::{Generated, generate};
 use crate::lxc::{self, Command, State};
-use crate::node::{Node, write_file};
+use crate::mounts;
+use crate::node::Node;
 use crate::profile::Step;
+use crate::storage::VolumeId;
 use crate::sys;
 use crate::task::Task;
 use crate::unit::Main;
@@ -105,6 +109,17 @@ pub struct Shutdown {
     pub force: bool,
 }
 
+/// How a CT is to be destroyed.
+#[derive(Debug, Clone, Copy)]
+pub struct Destroy {
+    /// Whether to kill it first.
+    pub force: bool,
+    /// Whether to forget it everywhere.
+    pub purge: bool,
+    /// Whether to remove volumes that its configuration does not name.
+    pub unreferenced: bool,
+}
+
 impl Node {
     /// Takes the lock of a CT's configuration.
     pub async fn lock_ct(&self, vmid: u32) -> Result<OwnedMutexGuard<()>, String> {
@@ -129,7 +144,12 @@ impl Node {
     }
 
     /// Writes the files that `lxc-start` reads.
-    fn write_lxc_config(&self, vmid: u32, generated: &Generated) -> io::Result<()> {
+    fn write_lxc_config(
+        &self,
+        vmid: u32,
+        config: &Config,
+        generated: &Generated,
+    ) -> io::Result<()> {
         let dir = self.ct_dir(vmid);
         fs::create_dir_all(dir.join("rootfs"))?;
         if let Some(rules) = &generated.seccomp {
@@ -137,7 +157,18 @@ impl Node {
                 .unwrap_or_else(|_| "2\ndenylist\n[all]\n".into());
             fs::write(dir.join("rules.seccomp"), common + rules)?;
         }
+        fs::write(dir.join("mounts"), self.mount_list(&config.current))?;
         fs::write(dir.join("config"), &generated.config)
+    }
+
+    /// Makes pending changes current, as a start does.
+    fn apply_pending(&self, vmid: u32, config: &mut Config) -> Result<(), String> {
+        let before = config.clone();
+        if config.apply_pending() {
+            self.settle_volumes(&before, config)?;
+            self.store(vmid, config)?;
+        }
+        Ok(())
     }
 
     /// The body of a start task. `skiplock` disregards the `lock` property, and
@@ -158,16 +189,14 @@ impl Node {
         if !skiplock {
             check_lock(&config)?;
         }
-        if config.apply_pending() {
-            self.store(vmid, &config)?;
-        }
+        self.apply_pending(vmid, &mut config)?;
         let generated = generate(&config, vmid, &self.host)?;
         generated.warnings.iter().for_each(|w| task.log(w));
         let ct = self.ct(vmid);
         let fresh = !ct.is_active();
         if fresh {
             // An active unit still reads the old files in its hooks.
-            self.write_lxc_config(vmid, &generated)
+            self.write_lxc_config(vmid, &config, &generated)
                 .map_err(|e| format!("unable to write the configuration of CT {vmid} - {e}"))?;
         }
         task.running(Some(format!("systemctl start pve-container@{vmid}")));
@@ -269,9 +298,6 @@ impl Node {
             // lxc-start ends with 0 if its container ran, whatever became of it, and a failed
             // post-stop hook does not change that.
             let ran = child.wait().await;
-            let node = self.clone();
-            // Also what systemd's KillMode=mixed does: no process of the unit survives.
-            let _ = tokio::task::spawn_blocking(move || node.cgroups.remove(vmid)).await;
             if fs::remove_file(self.ct_dir(vmid).join("reboot")).is_ok()
                 && let Ok(again) = self.restart(vmid)
             {
@@ -288,11 +314,9 @@ impl Node {
     /// Starts a rebooted CT again, with its pending changes.
     fn restart(&self, vmid: u32) -> Result<Child, String> {
         let mut config = self.load(vmid)?;
-        if config.apply_pending() {
-            self.store(vmid, &config)?;
-        }
+        self.apply_pending(vmid, &mut config)?;
         let generated = generate(&config, vmid, &self.host)?;
-        self.write_lxc_config(vmid, &generated).map_err(|e| e.to_string())?;
+        self.write_lxc_config(vmid, &config, &generated).map_err(|e| e.to_string())?;
         self.spawn(vmid).map_err(|e| e.to_string())
     }
 
@@ -425,33 +449,51 @@ impl Node {
         self: Arc<Self>,
         task: Arc<Task>,
         vmid: u32,
-        (force, purge): (bool, bool),
+        how: Destroy,
         posted: Instant,
     ) -> Result<(), String> {
         let _lock = self.lock_ct(vmid).await?;
         task.reach("locked")?;
-        self.check_destroy(vmid, force)?;
+        self.check_destroy(vmid, how.force)?;
         sleep_until(posted, self.profile.step(Step::DestroyBefore)).await;
         if self.is_running(vmid) {
             task.log(&format!("forced to stop CT {vmid} before destroying!"));
             self.kill_ct(vmid).await?;
         }
+        let mut volumes = mounts::volumes(&self.load(vmid)?);
+        if how.unreferenced {
+            for storage in &self.storages {
+                let owned =
+                    storage.backend().entries().into_iter().filter(|e| e.vmid == Some(vmid));
+                volumes.extend(
+                    owned.map(|e| VolumeId { storage: storage.name.clone(), name: e.name }),
+                );
+            }
+        }
+        for volume in volumes.iter().filter(|v| v.name.starts_with(&format!("{vmid}/"))) {
+            if let Err(error) = self.free_volume(volume) {
+                task.log(&error);
+            }
+        }
         // Only what the simulator itself has made: never below the rootfs, which may be anything.
         let dir = self.ct_dir(vmid);
         let _ = fs::remove_dir(dir.join("rootfs"));
-        for file in ["config", "rules.seccomp", "reboot"] {
+        for file in ["config", "mounts", "rules.seccomp", "reboot"] {
             let _ = fs::remove_file(dir.join(file));
         }
         let _ = fs::remove_dir(&dir);
         let _ = fs::remove_file(self.stderr_path(vmid));
-        if purge {
+        if how.purge {
             task.log(&format!("purging CT {vmid} from related configurations.."));
         }
-        self.remove_conf(vmid)
+        self.remove_conf(vmid)?;
+        self.dc.acl_mut().forget_guest(vmid);
+        Ok(())
     }
 
     /// Ends all CTs and removes what they left on the host.
     pub async fn shut_down(self: &Arc<Self>) {
+        self.end_terminals();
         let active: Vec<_> = self.cts().into_iter().filter(|ct| ct.is_active()).collect();
         for ct in &active {
             let _ = fs::remove_file(self.ct_dir(ct.vmid).join("reboot"));
@@ -470,17 +512,15 @@ impl Node {
             let _ = timeout(Duration::from_secs(3), ct.inactive()).await;
         }
         let node = self.clone();
-        let _ = tokio::task::spawn_blocking(move || node.stop_monitord()).await;
-        self.cgroups.remove_parents();
-    }
-
-    /// Writes a file for those who wait for the simulator; atomically, as they poll for it.
-    pub fn announce(&self, text: &str) -> Result<(), crate::node::StartError> {
-        let path = self.paths.root.join("ready.json");
-        let temporary = self.paths.root.join("ready.json.tmp");
-        write_file(&temporary, text, 0o644)?;
-        fs::rename(&temporary, &path)
-            .map_err(|source| crate::node::StartError::Write { path, source })
+        let cgroups = self.cgroups.clone();
+        let vmids: Vec<u32> = self.cts().iter().map(|ct| ct.vmid).collect();
+        let removal = move || {
+            node.stop_monitord();
+            vmids.into_iter().for_each(|vmid| cgroups.remove(vmid));
+            cgroups.remove_parents();
+        };
+        // It waits for processes to go, which may take a while.
+        let _ = tokio::task::spawn_blocking(removal).await;
     }
 }
 
@@ -489,7 +529,7 @@ fn no_pid(vmid: u32) -> String {
 }
 
 /// Fails if the `lock` property is set.
-pub fn check_lock(config: &crate::conf::Config) -> Result<(), String> {
+pub fn check_lock(config: &Config) -> Result<(), String> {
     match config.lock() {
         Some(lock) => Err(format!("CT is locked ({lock})")),
         None => Ok(()),

@@ -17,6 +17,9 @@ pub enum ApiError {
     /// 401: no usable credentials. The body stays empty, the text is only in the reason phrase.
     #[error("{0}")]
     Unauthorized(&'static str),
+    /// 401 of a login, with a body.
+    #[error("{0}")]
+    LoginFailed(&'static str),
     /// 403: a privilege is missing; what is in parentheses may be absent.
     #[error("Permission check failed{}", .0.as_ref().map(|s| format!(" ({s})")).unwrap_or_default())]
     Forbidden(Option<String>),
@@ -76,7 +79,7 @@ impl ApiError {
     pub fn status(&self) -> u16 {
         match self {
             Self::Params(_) | Self::BadRequest(_) => 400,
-            Self::Unauthorized(_) => 401,
+            Self::Unauthorized(_) | Self::LoginFailed(_) => 401,
             Self::Forbidden(_) => 403,
             Self::Failed(_) => 500,
             Self::Gateway { code, .. } => *code,

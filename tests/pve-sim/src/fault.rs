@@ -114,9 +114,11 @@ pub struct TaskFault {
 ///
 /// - `begin`: before anything;
 /// - `locked`: once the CT's lock is held;
+/// - `allocated`: `vzcreate` only, when the volumes are made;
+/// - `extracted`: `vzcreate` only, when the template is unpacked;
 /// - `spawned`: `vzstart` only, when `lxc-start` has been started;
 /// - `end`: when all is done.
-pub const STEPS: [&str; 4] = ["begin", "locked", "spawned", "end"];
+pub const STEPS: [&str; 6] = ["begin", "locked", "allocated", "extracted", "spawned", "end"];
 
 /// A fault, and how often it has hit.
 #[derive(Debug, Clone, Serialize)]

@@ -11,12 +11,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
+use crate::acl::Identity;
 use crate::api::{self, Answer};
+use crate::cluster::Cluster;
+use crate::console::Client;
 use crate::control;
 use crate::error::ApiError;
 use crate::fault::{Call, Effect};
 use crate::node::Node;
 use crate::params::Params;
+use crate::upload::{self, Parser, Upload, UploadError};
+use crate::websocket::Handshake;
 
 const MAX_HEADER_LINES: usize = 64;
 const MAX_HEADER_BYTES: usize = 8 * 1024;
@@ -40,8 +45,23 @@ pub struct Request {
     pub authorization: Option<String>,
     /// The `Cookie` header.
     pub cookie: Option<String>,
+    /// The `CSRFPreventionToken` header.
+    pub csrf: Option<String>,
+    /// What a client says who wants a websocket.
+    pub websocket: Option<Handshake>,
+    /// The file of an upload.
+    pub upload: Option<Arc<Upload>>,
     /// When the request was complete.
     pub at: Option<Instant>,
+}
+
+impl Request {
+    /// The login ticket among the cookies.
+    pub fn ticket(&self) -> Option<String> {
+        let cookies = self.cookie.as_deref()?.split(';');
+        let value = cookies.filter_map(|c| c.trim().strip_prefix("PVEAuthCookie=")).next()?;
+        Some(api::percent_decode(value))
+    }
 }
 
 struct Head {
@@ -72,22 +92,35 @@ impl From<io::Error> for Stop {
     }
 }
 
-/// Serves a connection until it ends.
-pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(node: Arc<Node>, stream: S) {
+/// Serves a connection to a node until it ends.
+pub async fn serve<S>(cluster: Arc<Cluster>, node: Arc<Node>, stream: S)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let server = Server { cluster, node };
     let mut connection = Connection { stream, buffer: Vec::new() };
     for count in 1.. {
-        let (reply, close) = match connection.read_request().await {
-            Ok((request, close)) => (respond(&node, request).await, close),
+        let (reply, close) = match connection.read_request(&server).await {
+            Ok((request, close)) => (server.respond(request).await, close),
             Err(Stop::Gone) => return,
             Err(Stop::Answer(error)) => (Reply::from(Err(error)), true),
         };
-        let Some(reply) = reply else { return };
-        let close = close || reply.answer.is_err() || reply.cut.is_some() || count >= MAX_REQUESTS;
+        let Some(mut reply) = reply else { return };
+        if let Some(client) = reply.take_websocket() {
+            return connection.become_websocket(client).await;
+        }
+        let close = close || reply.closes() || count >= MAX_REQUESTS;
         if connection.write_reply(&reply, close).await.is_err() || close {
             let _ = connection.stream.shutdown().await;
             return;
         }
     }
+}
+
+/// The node that a connection leads to.
+struct Server {
+    cluster: Arc<Cluster>,
+    node: Arc<Node>,
 }
 
 /// What is sent for a request.
@@ -106,69 +139,88 @@ impl Reply {
     fn from(answer: Result<Answer, ApiError>) -> Option<Self> {
         Some(Self { answer, cut: None })
     }
+
+    /// The client of a websocket, if the connection is to become one.
+    fn take_websocket(&mut self) -> Option<Client> {
+        self.answer.as_mut().ok().and_then(|a| a.websocket.take())
+    }
+
+    /// Whether the connection ends with it.
+    fn closes(&self) -> bool {
+        self.cut.is_some() || self.answer.as_ref().map_or(true, |a| a.close)
+    }
 }
 
-/// Answers a request, unless a fault is set for it. Without a reply the connection ends.
-async fn respond(node: &Arc<Node>, request: Request) -> Option<Reply> {
-    let path = request.path.strip_prefix("/api2/json").unwrap_or(&request.path);
-    let effects = node.faults.of_request(&request.method, path);
-    for effect in &effects {
-        match effect {
-            Effect::DelayRequest { ms } => sleep(Duration::from_millis(*ms)).await,
-            Effect::CallBefore(call) => interfere(node, call).await,
-            Effect::LoseRequest => return None,
-            Effect::Status { code, reason } => {
-                let error = ApiError::Gateway { code: *code, reason: reason.clone() };
-                return Reply::from(Err(error));
+impl Server {
+    /// Answers a request, unless a fault is set for it. Without a reply the connection ends.
+    async fn respond(&self, request: Request) -> Option<Reply> {
+        let path = request.path.strip_prefix("/api2/json").unwrap_or(&request.path);
+        let effects = self.cluster.dc.faults.of_request(&request.method, path);
+        for effect in &effects {
+            match effect {
+                Effect::DelayRequest { ms } => sleep(Duration::from_millis(*ms)).await,
+                Effect::CallBefore(call) => self.interfere(call).await,
+                Effect::LoseRequest => return None,
+                Effect::Status { code, reason } => {
+                    let error = ApiError::Gateway { code: *code, reason: reason.clone() };
+                    return Reply::from(Err(error));
+                }
+                _ => {}
             }
-            _ => {}
         }
-    }
-    if effects.contains(&Effect::Duplicate) {
-        let _ = answer(node, &request).await;
-    }
-    let mut reply = Reply { answer: answer(node, &request).await, cut: None };
-    for effect in &effects {
-        match effect {
-            Effect::DelayAnswer { ms } => sleep(Duration::from_millis(*ms)).await,
-            Effect::CallAfter(call) => interfere(node, call).await,
-            Effect::LoseAnswer => return None,
-            Effect::Truncate { bytes } => {
-                reply.cut = Some(Cut { bytes: *bytes, announced: false });
+        if effects.contains(&Effect::Duplicate) {
+            let _ = self.answer(&request).await;
+        }
+        let mut reply = Reply { answer: self.answer(&request).await, cut: None };
+        for effect in &effects {
+            match effect {
+                Effect::DelayAnswer { ms } => sleep(Duration::from_millis(*ms)).await,
+                Effect::CallAfter(call) => self.interfere(call).await,
+                Effect::LoseAnswer => return None,
+                Effect::Truncate { bytes } => {
+                    reply.cut = Some(Cut { bytes: *bytes, announced: false });
+                }
+                Effect::Garble { bytes } => {
+                    reply.cut = Some(Cut { bytes: *bytes, announced: true });
+                }
+                _ => {}
             }
-            Effect::Garble { bytes } => reply.cut = Some(Cut { bytes: *bytes, announced: true }),
-            _ => {}
+        }
+        Some(reply)
+    }
+
+    async fn interfere(&self, call: &Call) {
+        if let Err(error) = control::administrate(&self.cluster, call).await {
+            self.node.note(&format!("{} {} of a fault: {error}", call.method, call.path));
         }
     }
-    Some(reply)
-}
 
-async fn interfere(node: &Arc<Node>, call: &Call) {
-    if let Err(error) = control::administrate(node, call).await {
-        node.note(&format!("{} {} of a fault: {error}", call.method, call.path));
-    }
-}
-
-/// Authenticates, answers, and lets pass the time that this takes on a real node.
-async fn answer(node: &Arc<Node>, request: &Request) -> Result<Answer, ApiError> {
-    let start = request.at.unwrap_or_else(Instant::now);
-    let who = {
-        let acl = node.acl();
-        acl.authenticate(request.authorization.as_deref(), request.cookie.as_deref())
-    };
-    let result = match who {
-        Ok(who) => api::handle(node, &who, request).await,
-        Err(error) => {
-            sleep(node.profile.unauthorized()).await;
-            return Err(error);
+    fn authenticate(&self, request: &Request) -> Result<Identity, ApiError> {
+        if api::is_public(request) {
+            return Ok(Identity::nobody());
         }
-    };
-    let call = result.as_ref().map_or(crate::profile::Call::Plain, |a| a.call);
-    let rest = node.profile.call(call).saturating_sub(start.elapsed());
-    if !rest.is_zero() {
-        sleep(rest).await;
+        self.cluster.dc.authenticate(request)
     }
-    result
+
+    /// Authenticates, answers, and lets pass the time that this takes on a real node.
+    async fn answer(&self, request: &Request) -> Result<Answer, ApiError> {
+        let start = request.at.unwrap_or_else(Instant::now);
+        let profile = &self.node.profile;
+        let result = match self.authenticate(request) {
+            Ok(who) => api::handle(&self.cluster, &self.node, &who, request).await,
+            Err(error) => Err(error),
+        };
+        if result.as_ref().is_err_and(|e| e.status() == 401) {
+            sleep(profile.unauthorized()).await;
+            return result;
+        }
+        let call = result.as_ref().map_or(crate::profile::Call::Plain, |a| a.call);
+        let rest = profile.call(call).saturating_sub(start.elapsed());
+        if !rest.is_zero() {
+            sleep(rest).await;
+        }
+        result
+    }
 }
 
 struct Connection<S> {
@@ -188,7 +240,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(())
     }
 
-    async fn read_request(&mut self) -> Result<(Request, bool), Stop> {
+    async fn read_request(&mut self, server: &Server) -> Result<(Request, bool), Stop> {
         let head = loop {
             if let Some(head) = self.parse_head().map_err(Stop::Answer)? {
                 break head;
@@ -200,6 +252,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
             self.stream.flush().await?;
         }
+        let boundary = upload::boundary(&head.content_type);
+        if let Some(boundary) =
+            boundary.filter(|_| api::is_upload(&head.request.method, &head.request.path))
+        {
+            return self.read_upload(server, head, &boundary).await;
+        }
         let body = match head.body {
             Body::Length(n) if n > MAX_BODY => return Err(Stop::Answer(ApiError::TooLarge)),
             Body::Length(n) => self.take(n).await?,
@@ -208,13 +266,48 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut request = head.request;
         request.params = Params::from_form(head.query.as_bytes());
         if !body.is_empty() && matches!(request.method.as_str(), "POST" | "PUT") {
-            let form = if head.content_type.starts_with("application/json") {
+            let form = if head.content_type.to_ascii_lowercase().starts_with("application/json") {
                 Params::from_json(&body).map_err(Stop::Answer)?
             } else {
                 Params::from_form(&body)
             };
             request.params.merge(form);
         }
+        request.at = Some(Instant::now());
+        Ok((request, head.close))
+    }
+
+    /// Reads a file into the directory of the node, if the client may send it at all.
+    async fn read_upload(
+        &mut self,
+        server: &Server,
+        head: Head,
+        boundary: &str,
+    ) -> Result<(Request, bool), Stop> {
+        let mut request = head.request;
+        if let Err(error) = server.authenticate(&request) {
+            sleep(server.node.profile.unauthorized()).await;
+            return Err(Stop::Answer(error));
+        }
+        let Body::Length(mut left) = head.body else {
+            let text = "upload: chunked bodies are not supported";
+            return Err(Stop::Answer(ApiError::BadRequest(text.into())));
+        };
+        let bad = |e: UploadError| Stop::Answer(ApiError::BadRequest(e.to_string()));
+        let mut parser = Parser::new(&server.node.paths.uploads, boundary);
+        while left > 0 {
+            if self.buffer.is_empty() {
+                self.fill(RECEIVE).await?;
+            }
+            let n = left.min(self.buffer.len());
+            parser.push(&self.buffer[..n]).map_err(bad)?;
+            self.buffer.drain(..n);
+            left -= n;
+        }
+        let (fields, file) = parser.finish().map_err(bad)?;
+        request.params = Params::from_form(head.query.as_bytes());
+        request.params.merge(fields);
+        request.upload = file;
         request.at = Some(Instant::now());
         Ok((request, head.close))
     }
@@ -284,6 +377,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(Some(head))
     }
 
+    /// Leaves HTTP. What the client has sent already belongs to the websocket.
+    async fn become_websocket(mut self, client: Client) {
+        let protocol = match &client.handshake.protocol {
+            Some(protocol) => format!("Sec-WebSocket-Protocol: {protocol}\r\n"),
+            None => String::new(),
+        };
+        let head = format!(
+            "HTTP/1.1 101 Switching Protocols\r\n\
+             Upgrade: websocket\r\n\
+             Connection: upgrade\r\n\
+             Sec-WebSocket-Accept: {}\r\n\
+             {protocol}\r\n",
+            client.handshake.accept()
+        );
+        if self.stream.write_all(head.as_bytes()).await.is_ok() {
+            // A client that breaks the rules is cut off, as one that goes.
+            let _ = client.serve(&mut self.stream, self.buffer).await;
+        }
+        let _ = self.stream.shutdown().await;
+    }
+
     async fn write_reply(&mut self, reply: &Reply, close: bool) -> io::Result<()> {
         let (mut head, body) = match &reply.answer {
             Ok(answer) => render_ok(answer, close),
@@ -319,12 +433,18 @@ fn read_head(parsed: &httparse::Request<'_, '_>) -> Result<Head, ApiError> {
         expects_continue: false,
         close: parsed.version == Some(0),
     };
+    let (mut upgrade, mut key, mut protocol) = (false, None, None);
     for header in parsed.headers.iter() {
         let value = String::from_utf8_lossy(header.value).into_owned();
         match header.name.to_ascii_lowercase().as_str() {
+            "upgrade" => upgrade = value.eq_ignore_ascii_case("websocket"),
+            "sec-websocket-key" => key = Some(value),
+            // It comes back in a header of the answer.
+            "sec-websocket-protocol" if value == "binary" => protocol = Some(value),
             "authorization" => head.request.authorization = Some(value),
             "cookie" => head.request.cookie = Some(value),
-            "content-type" => head.content_type = value.to_ascii_lowercase(),
+            "csrfpreventiontoken" => head.request.csrf = Some(value),
+            "content-type" => head.content_type = value,
             "connection" if value.eq_ignore_ascii_case("close") => head.close = true,
             "expect" => head.expects_continue = value.eq_ignore_ascii_case("100-continue"),
             "content-length" if matches!(head.body, Body::Length(_)) => {
@@ -340,6 +460,7 @@ fn read_head(parsed: &httparse::Request<'_, '_>) -> Result<Head, ApiError> {
             _ => {}
         }
     }
+    head.request.websocket = key.filter(|_| upgrade).map(|key| Handshake { key, protocol });
     Ok(head)
 }
 

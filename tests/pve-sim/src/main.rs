@@ -1,4 +1,4 @@
-//! `pve-sim`: starts the simulated node and serves it over HTTPS.
+//! `pve-sim`: starts the simulated nodes and serves them over HTTPS.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -7,18 +7,18 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pve_sim::cluster::{Cluster, Options};
 use pve_sim::control;
 use pve_sim::http;
-use pve_sim::node::{Node, Options, write_file};
+use pve_sim::node::{Node, write_file};
 use pve_sim::profile::{Kind, Profile};
-use pve_sim::tls;
 use pve_sim::unit::Supervisor;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
 
 const HELP: &str = "\
-pve-sim - a Proxmox VE node in one process, with real LXC containers
+pve-sim - Proxmox VE nodes in one process, with real LXC containers
 
 Usage: pve-sim --root DIR [OPTIONS]
 
@@ -29,7 +29,8 @@ and the package lxc. No part of the host is changed but cgroups of running conta
 Options:
   --root DIR         directory for everything (made if missing; at most 70 characters)
   --listen ADDR      address and port to listen on [127.0.0.1:0; port 0: any free one]
-  --node NAME        the node's name [pve1]
+  --nodes NAME,...   the nodes of the cluster [pve1]; each listens on a port of its own, the
+                     next one if --listen names one
   --profile PROFILE  instant: answer at once; node: take as long as a real node [instant]
   --units WHO        who runs the containers: simulator, or systemd, in transient units with the
                      settings of pve-container@.service [simulator]
@@ -38,15 +39,21 @@ Options:
   --version          show the version
 
 When it listens, it prints one line of JSON and writes the same to DIR/ready.json: endpoint,
-node, fingerprint, ca_file, token_file, admin_token_file, control, pmxcfs, lxc_path, pid.
+node, endpoints (of all nodes), fingerprint, ca_file, token_file, admin_token_file,
+password_file, control, pmxcfs, lxc_path, pid. Endpoint, fingerprint and token also go to
+standard error.
 
   DIR/pve            stands for /etc/pve: put a container's configuration into
                      DIR/pve/lxc/VMID.conf, and it is there
   DIR/lxc            stands for /var/lib/lxc
+  DIR/vz             stands for /var/lib/vz, the storage local; with several nodes DIR/shared
+                     is a storage of all of them
   DIR/log            messages of lxc-start and of the simulator
-  DIR/control        Unix socket to make things go wrong (see the README)
   DIR/shim-token     API token containerd@pve!shim with few rights, for the shim
   DIR/admin-token    API token root@pam!admin with all rights
+  DIR/root-password  root@pam=PASSWORD, for a login
+  DIR/control        Unix socket to make things go wrong (see the README)
+  DIR/n1, DIR/n2     lxc, vz and log of the second node, the third, and so on
 
 Example:
   pve-sim --root /tmp/pve &
@@ -69,7 +76,7 @@ enum Parsed {
 fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
     let mut root = None;
     let mut listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let mut name = "pve1".to_owned();
+    let mut nodes = vec!["pve1".to_owned()];
     let mut profile = Profile { kind: Kind::Instant, scale: 1.0 };
     let mut supervisor = Supervisor::Simulator;
     while let Some(arg) = args.next() {
@@ -84,7 +91,8 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
         if matches!(option.as_str(), "--version" | "-V") {
             return Ok(Parsed::Print(format!("pve-sim {}\n", env!("CARGO_PKG_VERSION"))));
         }
-        let known = ["--root", "--listen", "--node", "--profile", "--units", "--time-scale"];
+        let known =
+            ["--root", "--listen", "--node", "--nodes", "--profile", "--units", "--time-scale"];
         if !known.contains(&option.as_str()) {
             return Err(format!("unknown argument {arg}"));
         }
@@ -96,7 +104,7 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
             "--listen" => {
                 listen = text().parse().map_err(|_| bad("expected ADDRESS:PORT"))?;
             }
-            "--node" => name = text(),
+            "--node" | "--nodes" => nodes = text().split(',').map(str::to_owned).collect(),
             "--profile" => {
                 profile.kind = match text().as_str() {
                     "instant" => Kind::Instant,
@@ -121,7 +129,9 @@ fn parse_args(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String
         }
     }
     let root = root.ok_or("--root DIR is required; --help explains it")?;
-    Ok(Parsed::Run(Args { options: Options { root, name, profile, supervisor }, listen }))
+    let addresses = vec![listen.ip().to_string()];
+    let options = Options { root, nodes, addresses, profile, supervisor };
+    Ok(Parsed::Run(Args { options, listen }))
 }
 
 fn main() -> ExitCode {
@@ -156,47 +166,74 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
-    let ip = args.listen.ip().to_string();
-    let identity = tls::identity(&["127.0.0.1", "localhost", &args.options.name, &ip])?;
-    let node = Node::open(&args.options, identity.fingerprint.clone())?;
+    let cluster = Cluster::open(&args.options)?;
     // Containers inherit it, and nobody should have a directory kept busy by them.
     std::env::set_current_dir("/")?;
-    let ca_file = node.paths.root.join("ca.pem");
-    write_file(&ca_file, &identity.ca_pem, 0o644)?;
-
-    let control_path = node.paths.root.join("control");
+    let root = &cluster.dc.root;
+    let ca_file = root.join("ca.pem");
+    write_file(&ca_file, &cluster.certificate.ca_pem(), 0o644)?;
+    let control_path = root.join("control");
     let control_socket = control::listen(&control_path)?;
-    let listener = TcpListener::bind(args.listen).await?;
+
+    let mut endpoints = serde_json::Map::new();
+    for (n, node) in cluster.nodes().iter().enumerate() {
+        let mut address = args.listen;
+        if address.port() != 0 {
+            let n = u16::try_from(n)?;
+            address.set_port(address.port().checked_add(n).ok_or("no port left for each node")?);
+        }
+        let listener = TcpListener::bind(address).await?;
+        let endpoint = format!("https://{}", listener.local_addr()?);
+        endpoints.insert(node.name.clone(), serde_json::json!(endpoint));
+        tokio::spawn(accept(listener, cluster.clone(), node.clone()));
+    }
+    let first = cluster.first();
     let ready = serde_json::json!({
-        "endpoint": format!("https://{}", listener.local_addr()?),
-        "node": node.name,
-        "fingerprint": identity.fingerprint,
+        "endpoint": endpoints[&first.name],
+        "node": first.name,
+        "endpoints": endpoints,
+        "fingerprint": cluster.certificate.fingerprint(),
         "ca_file": ca_file,
-        "token_file": node.paths.root.join("shim-token"),
-        "admin_token_file": node.paths.root.join("admin-token"),
+        "token_file": root.join("shim-token"),
+        "admin_token_file": root.join("admin-token"),
+        "password_file": root.join("root-password"),
         "control": control_path,
-        "pmxcfs": node.paths.pve,
-        "lxc_path": node.paths.lxc,
+        "pmxcfs": cluster.dc.pve,
+        "lxc_path": first.paths.lxc,
         "pid": std::process::id(),
     });
-    node.announce(&format!("{ready}\n"))?;
+    tokio::spawn(control::serve(cluster.clone(), control_socket));
+    cluster.announce(&format!("{ready}\n"))?;
     println!("{ready}");
+    eprintln!("{}", greeting(&cluster, &ready));
 
-    tokio::spawn(control::serve(node.clone(), control_socket));
-    let acceptor = TlsAcceptor::from(identity.config);
     tokio::select! {
-        () = accept(listener, acceptor, node.clone()) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     for file in ["ready.json", "control"] {
-        let _ = std::fs::remove_file(node.paths.root.join(file));
+        let _ = std::fs::remove_file(root.join(file));
     }
-    node.shut_down().await;
+    cluster.shut_down().await;
     Ok(())
 }
 
-async fn accept(listener: TcpListener, acceptor: TlsAcceptor, node: Arc<Node>) {
+/// What somebody who starts it by hand needs first.
+fn greeting(cluster: &Cluster, ready: &serde_json::Value) -> String {
+    let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
+    let token = std::fs::read_to_string(text("admin_token_file")).unwrap_or_default();
+    format!(
+        "pve-sim: {} at {}\n\
+         pve-sim: fingerprint {}\n\
+         pve-sim: token PVEAPIToken={}",
+        cluster.nodes().iter().map(|n| n.name.as_str()).collect::<Vec<_>>().join(", "),
+        text("endpoint"),
+        text("fingerprint"),
+        token.trim(),
+    )
+}
+
+async fn accept(listener: TcpListener, cluster: Arc<Cluster>, node: Arc<Node>) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -207,12 +244,16 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, node: Arc<Node>) {
                 continue;
             }
         };
+        if !node.is_online() {
+            continue;
+        }
         let _ = stream.set_nodelay(true);
-        let (acceptor, node) = (acceptor.clone(), node.clone());
+        let acceptor = TlsAcceptor::from(cluster.certificate.config());
+        let (cluster, node) = (cluster.clone(), node.clone());
         tokio::spawn(async move {
             let handshake = tokio::time::timeout(Duration::from_secs(10), acceptor.accept(stream));
             if let Ok(Ok(stream)) = handshake.await {
-                http::serve(node, stream).await;
+                http::serve(cluster, node, stream).await;
             }
         });
     }
@@ -230,6 +271,7 @@ mod tests {
     fn arguments_are_read_in_both_forms() {
         let Ok(Parsed::Run(args)) = parse(&[
             "--root=/x",
+            "--nodes=a,b",
             "--listen",
             "127.0.0.1:8006",
             "--profile",
@@ -240,6 +282,7 @@ mod tests {
             panic!("refused");
         };
         assert_eq!(args.options.root, PathBuf::from("/x"));
+        assert_eq!(args.options.nodes, ["a", "b"]);
         assert_eq!(args.listen.port(), 8006);
         assert_eq!(args.options.profile.kind, Kind::Node);
         assert_eq!(args.options.profile.scale, 0.1);

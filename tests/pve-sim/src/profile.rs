@@ -36,6 +36,8 @@ pub enum Call {
     List(usize),
     /// A change of the configuration.
     Put,
+    /// The POST that makes or copies a CT.
+    Create,
     /// The POST that starts a CT.
     Start,
     /// The POST that stops, shuts down or reboots a CT.
@@ -75,6 +77,7 @@ impl Profile {
             (Kind::Node, Call::Status) => 41,
             (Kind::Node, Call::List(n)) => 40 + 8 * n as u64,
             (Kind::Node, Call::Put) => 48,
+            (Kind::Node, Call::Create) => 40,
             (Kind::Node, Call::Start) => 50,
             (Kind::Node, Call::Stop) => 30,
             (Kind::Node, Call::Delete) => 28,
@@ -134,6 +137,16 @@ impl Profile {
     /// How long the container may take to end after `lxc-stop` gave up.
     pub fn stop_grace(&self) -> Duration {
         self.scaled(5000)
+    }
+
+    /// How long a terminal waits for its client.
+    pub fn terminal_timeout(&self) -> Duration {
+        self.scaled(10_000)
+    }
+
+    /// How long the wait for a VNC server takes to fail.
+    pub fn vnc_timeout(&self) -> Duration {
+        self.scaled(5600)
     }
 
     /// The age at which `/cluster/resources` is renewed.

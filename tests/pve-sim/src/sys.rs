@@ -150,6 +150,63 @@ pub fn spawn(unit: &Unit<'_>) -> io::Result<u32> {
     }
 }
 
+/// A pseudo terminal: the master, which does not block, and the slave. Needs a tokio runtime.
+pub fn open_pty() -> io::Result<(AsyncFd<OwnedFd>, OwnedFd)> {
+    let (mut master, mut slave) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: both descriptors are valid for writing during the call; null stands for no name, no
+    // attributes and no size.
+    check(unsafe { libc::openpty(&mut master, &mut slave, none, none.cast(), none.cast()) })?;
+    // SAFETY: the call has just made both, and nothing else knows them.
+    let (master, slave) = unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
+    for fd in [&master, &slave] {
+        // SAFETY: fcntl() with F_SETFD takes no pointers.
+        check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    }
+    // SAFETY: fcntl() with F_SETFL takes no pointers.
+    check(unsafe { libc::fcntl(master.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
+    // SAFETY: an OwnedFd keeps its descriptor, the same one, open until it is dropped, and
+    // AsyncFd drops it only after it has deregistered it.
+    let master =
+        unsafe { AsyncFd::register_with_interest(master, Interest::READABLE | Interest::WRITABLE) };
+    Ok((master.map_err(io::Error::from)?, slave))
+}
+
+/// Sets the size of a pseudo terminal by its master.
+pub fn resize_pty(master: &impl AsRawFd, columns: u16, rows: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads a winsize, which lives during the call.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &size) })
+}
+
+/// Has the programs of a pseudo terminal told that its size may have changed: the kernel sends
+/// the signal only if it really has, so it changes twice.
+pub fn redraw(master: &impl AsRawFd) -> io::Result<()> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes a winsize, which is valid for writing during the call.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGWINSZ, &mut size) })?;
+    let (columns, rows) = match (size.ws_col, size.ws_row) {
+        (0, _) | (_, 0) => (80, 24),
+        size => size,
+    };
+    resize_pty(master, columns, rows.saturating_add(1))?;
+    resize_pty(master, columns, rows)
+}
+
+/// Reads what there is.
+pub fn read(fd: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `buffer` is valid for writing its length during the call.
+    let n = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes what there is room for.
+pub fn write(fd: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: `bytes` is valid for reading its length during the call.
+    let n = unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// A descriptor that becomes readable when the process ends. Needs a tokio runtime.
 pub fn pidfd(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: pidfd_open() takes no pointers.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::future::Future;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -96,6 +96,7 @@ pub struct Task {
     pub upid: Upid,
     inner: Mutex<Inner>,
     interrupt: watch::Sender<bool>,
+    listed: AtomicBool,
 }
 
 fn now() -> u64 {
@@ -208,6 +209,21 @@ impl Task {
         }
     }
 
+    /// An entry of the cluster's list. Whether an ended task is on disk is a number when it is
+    /// listed for the first time, and a text from then on.
+    pub fn cluster_entry(&self) -> Json {
+        let mut row = self.entry();
+        if self.ended() {
+            let before = self.listed.swap(true, Ordering::Relaxed);
+            row["saved"] = if before { json!("1") } else { json!(1) };
+        }
+        if let Some(row) = row.as_object_mut() {
+            row.remove("pid");
+            row.remove("pstart");
+        }
+        row
+    }
+
     /// Whether the task ended with an error.
     pub fn failed(&self) -> bool {
         lock(&self.inner).end.as_ref().is_some_and(|(status, _)| status != "OK")
@@ -265,6 +281,7 @@ impl Tasks {
             },
             inner: Mutex::new(Inner { fault: self.faults.of_task(kind), ..Inner::default() }),
             interrupt,
+            listed: AtomicBool::new(false),
         });
         let upid = task.upid.to_string();
         self.insert(upid.clone(), task.clone());

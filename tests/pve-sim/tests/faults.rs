@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pve_sim::cluster::{Cluster, Options};
 use pve_sim::control;
-use pve_sim::node::{Node, Options};
 use pve_sim::profile::{Kind, Profile};
 use serde_json::{Value as Json, json};
 
@@ -12,7 +12,7 @@ mod client;
 use client::{Answer, exchange};
 
 struct World {
-    node: Arc<Node>,
+    cluster: Arc<Cluster>,
     token: String,
     _dir: tempfile::TempDir,
 }
@@ -23,21 +23,23 @@ impl World {
         let options = Options {
             supervisor: pve_sim::unit::Supervisor::Simulator,
             root: dir.path().join("node"),
-            name: "pve1".into(),
+            nodes: vec!["pve1".into()],
+            addresses: Vec::new(),
             profile: Profile { kind: Kind::Instant, scale: 0.02 },
         };
-        let node = Node::open(&options, String::new()).unwrap();
-        let token = std::fs::read_to_string(node.paths.root.join("admin-token")).unwrap();
-        Self { node, token: token.trim().to_owned(), _dir: dir }
+        let cluster = Cluster::open(&options).unwrap();
+        let token = std::fs::read_to_string(cluster.dc.root.join("admin-token")).unwrap();
+        Self { cluster, token: token.trim().to_owned(), _dir: dir }
     }
 
     fn ct(&self, vmid: u32) {
         let conf = "arch: amd64\nostype: unmanaged\nrootfs: /nowhere\n";
-        std::fs::write(self.node.paths.confs.join(format!("{vmid}.conf")), conf).unwrap();
+        std::fs::write(self.cluster.first().paths.confs.join(format!("{vmid}.conf")), conf)
+            .unwrap();
     }
 
     async fn control(&self, command: Json) -> Json {
-        control::command(&self.node, &command.to_string()).await.unwrap()
+        control::command(&self.cluster, &command.to_string()).await.unwrap()
     }
 
     async fn fault(&self, path: &str, effect: Json) {
@@ -55,15 +57,15 @@ impl World {
 
     /// The bytes of an answer; none if the connection ended without.
     async fn bytes(&self, method: &str, path: &str, form: &str) -> Vec<u8> {
-        exchange(self.node.clone(), self.request(method, path, form)).await
+        exchange(&self.cluster, self.request(method, path, form)).await
     }
 
     async fn call(&self, method: &str, path: &str, form: &str) -> Answer {
-        Answer::read(self.node.clone(), &self.request(method, path, form)).await
+        Answer::read(&self.cluster, &self.request(method, path, form)).await
     }
 
     fn tags(&self, vmid: u32) -> Option<String> {
-        self.node.load(vmid).unwrap().current.text("tags")
+        self.cluster.first().load(vmid).unwrap().current.text("tags")
     }
 }
 
@@ -152,7 +154,7 @@ async fn a_task_fails_at_its_step() {
             .control(json!({"call": {"method": "DELETE", "path": "/nodes/pve1/lxc/100"}}))
             .await;
         assert_eq!(status["exitstatus"], json!(text));
-        assert_eq!(world.node.load(100).is_err(), gone, "{step}");
+        assert_eq!(world.cluster.first().load(100).is_err(), gone, "{step}");
     }
 }
 
@@ -181,7 +183,7 @@ async fn a_held_lock_blocks_until_it_is_released() {
     world.control(json!({"release-lock": {"vmid": 100}})).await;
     assert_eq!(world.call("PUT", CONFIG, "tags=a").await.status, 200);
     let twice = json!({"release-lock": {"vmid": 100}}).to_string();
-    assert!(control::command(&world.node, &twice).await.unwrap_err().contains("not held"));
+    assert!(control::command(&world.cluster, &twice).await.unwrap_err().contains("not held"));
 }
 
 #[tokio::test]
@@ -217,7 +219,7 @@ async fn a_command_that_cannot_be_understood_is_refused() {
         r#"{"fault":{"path":"/x","effect":"nope"}}"#,
         r#"{"fault":{"path":"/x","effect":"duplicate","extra":1}}"#,
     ] {
-        assert!(control::command(&world.node, line).await.is_err(), "{line}");
+        assert!(control::command(&world.cluster, line).await.is_err(), "{line}");
     }
 }
 
@@ -225,8 +227,8 @@ async fn a_command_that_cannot_be_understood_is_refused() {
 async fn the_socket_answers_line_by_line() {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let world = World::new();
-    let path = world.node.paths.root.join("control");
-    tokio::spawn(control::serve(world.node.clone(), control::listen(&path).unwrap()));
+    let path = world.cluster.dc.root.join("control");
+    tokio::spawn(control::serve(world.cluster.clone(), control::listen(&path).unwrap()));
     let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
     let (read, mut write) = stream.into_split();
     write.write_all(b"nonsense\n{\"faults\":{}}\n").await.unwrap();

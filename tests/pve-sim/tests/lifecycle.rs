@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pve_sim::acl::Identity;
-use pve_sim::node::{Node, Options};
+use pve_sim::cluster::{Cluster, Options};
+use pve_sim::node::{Node, StartError};
 use pve_sim::profile::{Kind, Profile};
 use pve_sim::unit::Supervisor;
 use tokio::runtime::Runtime;
@@ -20,14 +21,25 @@ fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-fn open(root: &Path) -> Arc<Node> {
-    let options = Options {
+fn options(root: &Path, node: &str) -> Options {
+    Options {
         root: root.to_owned(),
-        name: "pve1".into(),
+        nodes: vec![node.to_owned()],
+        addresses: Vec::new(),
         profile: Profile { kind: Kind::Instant, scale: 0.02 },
         supervisor: Supervisor::Simulator,
-    };
-    Node::open(&options, String::new()).unwrap()
+    }
+}
+
+fn open(root: &Path) -> Arc<Cluster> {
+    // A child of another test that has not executed its program yet still has the lock of the last one.
+    for _ in 0..100 {
+        match Cluster::open(&options(root, "pve1")) {
+            Err(StartError::InUse(_)) => std::thread::sleep(Duration::from_millis(20)),
+            result => return result.unwrap(),
+        }
+    }
+    panic!("{} stays in use", root.display());
 }
 
 /// A VMID of this process's own, as all CTs of a host share the cgroup tree.
@@ -56,8 +68,8 @@ fn write_ct(dir: &Path, node: &Node, vmid: u32) {
     fs::write(node.paths.confs.join(format!("{vmid}.conf")), conf).unwrap();
 }
 
-/// Starts a CT and returns the pid of its lxc-start.
-async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
+/// Runs a start task, and returns how it ended.
+async fn start_status(node: &Arc<Node>, vmid: u32) -> String {
     let who = Identity::token("root@pam", "t", false);
     let this = node.clone();
     let upid = node.tasks.spawn("pve1", "vzstart", &vmid.to_string(), &who, |task| {
@@ -67,7 +79,12 @@ async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
     while !task.ended() {
         sleep(Duration::from_millis(2)).await;
     }
-    assert!(!task.failed(), "{} {:?}", task.status(), task.page(0, 0));
+    task.status()["exitstatus"].as_str().unwrap().to_owned()
+}
+
+/// Starts a CT and returns the pid of its lxc-start.
+async fn start(node: &Arc<Node>, vmid: u32) -> u32 {
+    assert_eq!(start_status(node, vmid).await, "OK");
     let text = fs::read_to_string(node.paths.units.join(vmid.to_string())).unwrap();
     text.split(' ').next().unwrap().parse().unwrap()
 }
@@ -99,8 +116,8 @@ fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
         let _guard = first.enter();
         open(&root)
     };
-    write_ct(dir.path(), &node, vmid);
-    let pid = first.block_on(start(&node, vmid));
+    write_ct(dir.path(), node.first(), vmid);
+    let pid = first.block_on(start(node.first(), vmid));
     drop(node);
     // Nothing is told to anybody, as if the process had been killed.
     first.shutdown_timeout(Duration::from_secs(1));
@@ -118,7 +135,7 @@ fn what_a_killed_simulator_left_behind_is_ended_by_the_next() {
         }
         assert!(!alive(pid));
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        start(&node, vmid).await;
+        start(node.first(), vmid).await;
         node.shut_down().await;
     });
 }
@@ -130,9 +147,9 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
     let vmid = vmid(2);
     runtime().block_on(async {
         let node = open(&dir.path().join("node"));
-        write_ct(dir.path(), &node, vmid);
-        let pid = start(&node, vmid).await;
-        assert!(node.is_running(vmid));
+        write_ct(dir.path(), node.first(), vmid);
+        let pid = start(node.first(), vmid).await;
+        assert!(node.first().is_running(vmid));
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let stat = fs::read_to_string(proc.join("stat")).unwrap();
         let session = stat.rsplit_once(") ").unwrap().1.split(' ').nth(3).unwrap().to_owned();
@@ -151,33 +168,67 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
 
         node.shut_down().await;
         assert!(!alive(pid));
-        assert!(!node.is_running(vmid));
+        assert!(!node.first().is_running(vmid));
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        assert_eq!(fs::read_dir(&node.paths.units).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(&node.first().paths.units).unwrap().count(), 0);
     });
 }
 
+/// Kills the `lxc-start` of a CT, and waits until its unit is inactive.
+async fn kill(node: &Node, vmid: u32, pid: u32) {
+    pve_sim::sys::kill(pid, 9).unwrap();
+    let unit = node.paths.units.join(vmid.to_string());
+    for _ in 0..500 {
+        if !unit.exists() {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the unit is still active");
+}
+
 #[test]
-fn a_killed_lxc_start_takes_its_ct_along() {
+fn cgroups_that_a_killed_lxc_start_leaves_are_removed_by_the_stock_hook() {
     require_cts();
     let dir = tempfile::tempdir().unwrap();
     let vmid = vmid(3);
     runtime().block_on(async {
-        let node = open(&dir.path().join("node"));
-        write_ct(dir.path(), &node, vmid);
-        let pid = start(&node, vmid).await;
-        pve_sim::sys::kill(pid, 9).unwrap();
-        let unit = node.paths.units.join(vmid.to_string());
-        for _ in 0..500 {
-            if !unit.exists() {
-                break;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        assert!(!unit.exists());
+        let cluster = open(&dir.path().join("node"));
+        let node = cluster.first();
+        write_ct(dir.path(), node, vmid);
+        let pid = start(node, vmid).await;
+        kill(node, vmid, pid).await;
+        assert!(!cgroups(vmid).is_empty(), "somebody else has removed them");
+        start(node, vmid).await;
+        cluster.shut_down().await;
         assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
-        start(&node, vmid).await;
-        node.shut_down().await;
+    });
+}
+
+#[test]
+fn without_the_stock_hook_they_make_the_next_start_fail() {
+    require_cts();
+    let dir = tempfile::tempdir().unwrap();
+    let vmid = vmid(4);
+    runtime().block_on(async {
+        let cluster = open(&dir.path().join("node"));
+        let node = cluster.first();
+        write_ct(dir.path(), node, vmid);
+        let include = dir.path().join("include.conf");
+        let rootfs = dir.path().join("rootfs");
+        let keys = format!("lxc.hook.pre-start =\nlxc.rootfs.path = {}\n", rootfs.display());
+        fs::write(&include, keys).unwrap();
+        let conf = node.paths.confs.join(format!("{vmid}.conf"));
+        let text = fs::read_to_string(&conf).unwrap();
+        fs::write(&conf, format!("{text}lxc.include: {}\n", include.display())).unwrap();
+        let pid = start(node, vmid).await;
+        kill(node, vmid, pid).await;
+        let status = start_status(node, vmid).await;
+        assert_eq!(status, format!("startup for container '{vmid}' failed"));
+        cluster.shut_down().await;
+        assert_eq!(cgroups(vmid), Vec::<PathBuf>::new());
+        start(node, vmid).await;
+        cluster.shut_down().await;
     });
 }
 
@@ -186,12 +237,12 @@ fn a_held_lock_fails_with_the_recorded_text() {
     let dir = tempfile::tempdir().unwrap();
     runtime().block_on(async {
         let node = open(&dir.path().join("node"));
-        let held = node.lock_ct(100).await.unwrap();
+        let held = node.first().lock_ct(100).await.unwrap();
         let text = "can't lock file '/run/lock/lxc/pve-config-100.lock' - got timeout";
-        assert_eq!(node.lock_ct(100).await.unwrap_err(), text);
-        node.lock_ct(101).await.unwrap();
+        assert_eq!(node.first().lock_ct(100).await.unwrap_err(), text);
+        node.first().lock_ct(101).await.unwrap();
         drop(held);
-        node.lock_ct(100).await.unwrap();
+        node.first().lock_ct(100).await.unwrap();
     });
 }
 
@@ -199,20 +250,14 @@ fn a_held_lock_fails_with_the_recorded_text() {
 fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("node");
-    let options = |name: &str| Options {
-        root: root.clone(),
-        name: name.into(),
-        profile: Profile { kind: Kind::Instant, scale: 1.0 },
-        supervisor: Supervisor::Simulator,
-    };
     let node = open(&root);
-    let error = Node::open(&options("pve1"), String::new()).err().unwrap();
+    let error = Cluster::open(&options(&root, "pve1")).err().unwrap();
     assert!(error.to_string().contains("in use"), "{error}");
     let token = fs::read_to_string(root.join("shim-token")).unwrap();
     assert!(token.starts_with("containerd@pve!shim=") && token.len() == 57, "{token}");
     drop(node);
     drop(open(&root));
     assert_eq!(fs::read_to_string(root.join("shim-token")).unwrap(), token);
-    let error = Node::open(&options("../x"), String::new()).err().unwrap();
+    let error = Cluster::open(&options(&root, "../x")).err().unwrap();
     assert!(error.to_string().contains("host name"), "{error}");
 }

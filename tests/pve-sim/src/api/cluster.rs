@@ -1,10 +1,13 @@
-//! `/cluster`, `/version`, `/pools`.
+//! `/cluster`, `/version`.
 
 use serde_json::{Value as Json, json};
 
-use super::{Answer, Context, lxc, nodes};
+use super::{Answer, Context, lxc};
 use crate::error::ApiError;
+use crate::node::Node;
 use crate::params::{Kind, VMID, opt};
+use crate::profile::Call;
+use crate::storage::CONTENT;
 
 /// The version that the recordings were made with.
 const VERSION: &str = "9.2.11";
@@ -19,16 +22,10 @@ pub fn version(cx: &Context<'_>) -> Result<Answer, ApiError> {
     Ok(Answer::plain(json!({"release": "9.2", "repoid": REPOID, "version": VERSION})))
 }
 
-/// `GET /pools`: there are none.
-pub fn pools(cx: &Context<'_>) -> Result<Answer, ApiError> {
-    cx.verify(&[opt("poolid", Kind::Text(255)), opt("type", Kind::Text(16))])?;
-    Ok(Answer::plain(json!([])))
-}
-
 /// `GET /cluster/nextid`: the lowest free VMID, which is reserved for nobody.
 pub fn nextid(cx: &Context<'_>) -> Result<Answer, ApiError> {
     cx.verify(&[crate::params::Spec { optional: true, ..VMID }])?;
-    let used = cx.node.used_vmids();
+    let used = cx.cluster.dc.used_vmids();
     let id = match cx.params().number::<u32>("vmid") {
         Some(vmid) if used.contains(&vmid) => {
             return Err(ApiError::param("vmid", format!("VM {vmid} already exists")));
@@ -64,7 +61,10 @@ pub async fn resources(cx: &Context<'_>) -> Result<Answer, ApiError> {
         };
         let visible = match kind {
             "lxc" => cx.may(&format!("/vms/{}", row["vmid"]), "VM.Audit"),
-            "storage" => cx.may("/storage/local", "Datastore.Audit"),
+            "storage" => cx.may(
+                &format!("/storage/{}", row["storage"].as_str().unwrap_or_default()),
+                "Datastore.Audit",
+            ),
             "network" => cx.may("/sdn/zones/localnetwork", "SDN.Audit"),
             _ => true,
         };
@@ -73,11 +73,25 @@ pub async fn resources(cx: &Context<'_>) -> Result<Answer, ApiError> {
     Ok(Answer::plain(rows.cloned().collect()))
 }
 
+/// Everything on all nodes that can be reached.
 async fn collect(cx: &Context<'_>) -> Json {
-    let node = cx.node;
     let mut list = Vec::new();
-    for row in lxc::rows(node, |_| true).await {
+    for node in cx.cluster.nodes() {
+        let status = if node.is_online() { "online" } else { "offline" };
         list.push(json!({
+            "id": format!("node/{}", node.name), "node": node.name, "status": status,
+            "type": "node",
+        }));
+        if node.is_online() {
+            collect_node(node, &mut list).await;
+        }
+    }
+    Json::Array(list)
+}
+
+async fn collect_node(node: &Node, list: &mut Vec<Json>) {
+    for row in lxc::rows(node, |_| true).await {
+        let mut guest = json!({
             "id": format!("lxc/{}", row["vmid"]),
             "node": node.name,
             "type": "lxc",
@@ -88,27 +102,71 @@ async fn collect(cx: &Context<'_>) -> Json {
             "diskread": row["diskread"], "diskwrite": row["diskwrite"],
             "netin": row["netin"], "netout": row["netout"],
             "uptime": row["uptime"], "template": row["template"].as_i64().unwrap_or(0),
-        }));
-        if let Some(last) = list.last_mut() {
-            for key in ["tags", "lock"] {
-                if !row[key].is_null() {
-                    last[key] = row[key].clone();
-                }
+        });
+        for key in ["tags", "lock"] {
+            if !row[key].is_null() {
+                guest[key] = row[key].clone();
             }
         }
+        if let Some(pool) = row["vmid"]
+            .as_u64()
+            .and_then(|v| u32::try_from(v).ok())
+            .and_then(|vmid| node.dc.acl().pool_of(vmid).map(str::to_owned))
+        {
+            guest["pool"] = json!(pool);
+        }
+        list.push(guest);
     }
-    list.push(json!({
-        "id": format!("node/{}", node.name), "node": node.name, "status": "online", "type": "node",
-    }));
-    let (total, used, _) = nodes::local_disk(node);
-    list.push(json!({
-        "id": format!("storage/{}/local", node.name), "node": node.name, "storage": "local",
-        "type": "storage", "plugintype": "dir", "status": "available", "shared": 0,
-        "content": nodes::LOCAL_CONTENT, "disk": used, "maxdisk": total,
-    }));
+    for storage in &node.storages {
+        let space = storage.space();
+        list.push(json!({
+            "id": format!("storage/{}/{}", node.name, storage.name), "node": node.name,
+            "storage": storage.name, "type": "storage", "plugintype": storage.backend().kind(),
+            "status": "available", "shared": i32::from(storage.shared), "content": CONTENT,
+            "disk": space.used, "maxdisk": space.total,
+        }));
+    }
     list.push(json!({
         "id": format!("network/{}/zone/localnetwork", node.name), "network": "localnetwork",
         "network-type": "zone", "node": node.name, "status": "ok", "type": "network",
     }));
-    Json::Array(list)
+}
+
+/// `GET /cluster/status`: the quorum, if there is more than one node, and the nodes.
+pub fn status(cx: &Context<'_>) -> Result<Answer, ApiError> {
+    cx.require("/", "Sys.Audit")?;
+    cx.verify(&[])?;
+    let nodes = cx.cluster.nodes();
+    let mut rows = Vec::new();
+    if nodes.len() > 1 {
+        rows.push(json!({
+            "id": "cluster", "type": "cluster", "name": "pve-sim", "nodes": nodes.len(),
+            "quorate": i32::from(cx.cluster.dc.is_quorate()), "version": nodes.len(),
+        }));
+    }
+    for (n, node) in nodes.iter().enumerate() {
+        // A node without a cluster has no number.
+        let id = if nodes.len() > 1 { n + 1 } else { 0 };
+        rows.push(json!({
+            "id": format!("node/{}", node.name), "name": node.name, "type": "node",
+            "ip": "127.0.0.1", "level": "", "local": i32::from(node.name == cx.node.name),
+            "nodeid": id, "online": i32::from(node.is_online()),
+        }));
+    }
+    Ok(Answer::protected(Json::Array(rows), Call::Plain))
+}
+
+/// `GET /cluster/tasks`: the latest of all nodes.
+pub fn tasks(cx: &Context<'_>) -> Result<Answer, ApiError> {
+    const SHOWN: usize = 25;
+    cx.verify(&[])?;
+    let mut rows = Vec::new();
+    for node in cx.cluster.nodes() {
+        let all = cx.may(&format!("/nodes/{}", node.name), "Sys.Audit");
+        let tasks = node.tasks.list().into_iter().filter(|t| all || t.belongs_to(cx.who));
+        rows.extend(tasks.take(SHOWN).map(|t| t.cluster_entry()));
+    }
+    rows.sort_by_key(|row| std::cmp::Reverse(row["starttime"].as_u64()));
+    rows.truncate(SHOWN);
+    Ok(Answer::plain(Json::Array(rows)))
 }

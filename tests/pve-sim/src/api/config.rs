@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 
 use super::{Answer, Context};
-use crate::conf::{self, Config, OPTIONS};
+use crate::conf::{self, Config, OPTIONS, Section};
 use crate::ct::check_lock;
 use crate::error::ApiError;
 use crate::generate::Limits;
+use crate::mounts::Mount;
 use crate::node::Node;
 use crate::params::{Kind, Spec, opt, parse_bool, split_list, split_props};
 use crate::profile::Call;
+use crate::storage::VolumeId;
 
 /// Options that take effect, or at least stand in the file, at once even if the CT runs.
 const STORED: &[&str] = &[
@@ -68,7 +70,7 @@ pub async fn put(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
         opt("digest", Kind::Text(40)),
         opt("revert", Kind::Text(4096)),
     ];
-    cx.node.acl().require_any(
+    cx.acl().require_any(
         cx.who,
         &format!("/vms/{vmid}"),
         &[
@@ -80,8 +82,12 @@ pub async fn put(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
         ],
     )?;
     let vmid = cx.verify_ct(vmid, &[OPTIONS, OWN])?;
-    let change = split(cx)?;
-    check_permissions(cx, vmid, &change)?;
+    let mut change = split(cx)?;
+    let set = change.set.iter().map(|(k, v)| (k.as_str(), Some(v.as_str())));
+    let removed = change.delete.iter().chain(&change.revert).map(|k| (k.as_str(), None));
+    // Without rights nobody learns whether the CT exists.
+    let before = cx.node.load(vmid).unwrap_or_default();
+    check_options(cx, vmid, None, &before.current, set.chain(removed))?;
     let _lock = cx.node.lock_ct(vmid).await?;
     let mut config = cx.node.load(vmid)?;
     check_lock(&config)?;
@@ -89,16 +95,30 @@ pub async fn put(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
         let text = "detected modified configuration - file changed by other user? Try again.";
         return Err(ApiError::Failed(text.into()));
     }
-    stage(&mut config, &change)?;
-    let result = if cx.node.is_running(vmid) {
-        let pid = cx.node.init_pid(vmid).await;
-        apply_live(cx.node, pid, &mut config)?;
-        Ok(())
-    } else {
-        apply_stopped(cx.node, &mut config)
+    let before = config.clone();
+    let made = allocate(cx.node, vmid, &before, &mut change).await?;
+    let changed = async {
+        stage(&mut config, &change)?;
+        let result = if cx.node.is_running(vmid) {
+            let pid = cx.node.init_pid(vmid).await;
+            apply_live(cx.node, pid, &mut config)?;
+            Ok(())
+        } else {
+            apply_stopped(cx.node, &mut config)
+        };
+        cx.node.settle_volumes(&before, &mut config)?;
+        cx.node.store(vmid, &config)?;
+        Ok::<_, ApiError>(result)
     };
-    cx.node.store(vmid, &config)?;
-    result?;
+    match changed.await {
+        Ok(result) => result?,
+        Err(error) => {
+            for volume in &made {
+                cx.node.free_volume(volume)?;
+            }
+            return Err(error);
+        }
+    }
     Ok(Answer::protected(serde_json::Value::Null, Call::Put))
 }
 
@@ -134,46 +154,80 @@ fn split(cx: &Context<'_>) -> Result<Change, ApiError> {
     Ok(Change { set, delete, revert, digest })
 }
 
-/// What each option needs, and what only root@pam with a ticket may set.
-fn check_permissions(cx: &Context<'_>, vmid: u32, change: &Change) -> Result<(), ApiError> {
-    let path = format!("/vms/{vmid}");
-    let set = change.set.iter().map(|(k, v)| (k.as_str(), Some(v.as_str())));
-    let removed = change.delete.iter().chain(&change.revert).map(|k| (k.as_str(), None));
-    for (key, value) in set.chain(removed) {
+/// What each option needs, and what only root@pam with a ticket may set. `before` is what the
+/// CT is without the change; rights may also come from the pool in which it will be.
+pub fn check_options<'a>(
+    cx: &Context<'_>,
+    vmid: u32,
+    pool: Option<&str>,
+    before: &Section,
+    changes: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+) -> Result<(), ApiError> {
+    if cx.who.is_root() {
+        return Ok(());
+    }
+    let need = |privilege: &str| match pool {
+        Some(pool) if cx.may(&format!("/pool/{pool}"), privilege) => Ok(()),
+        _ => cx.require(&format!("/vms/{vmid}"), privilege),
+    };
+    for (key, value) in changes {
         match stem(key) {
-            "cores" | "cpulimit" | "cpuunits" => cx.require(&path, "VM.Config.CPU")?,
-            "memory" | "swap" => cx.require(&path, "VM.Config.Memory")?,
-            "net" | "nameserver" | "searchdomain" | "hostname" => {
-                cx.require(&path, "VM.Config.Network")?;
+            "cores" | "cpulimit" | "cpuunits" => need("VM.Config.CPU")?,
+            "memory" | "swap" => need("VM.Config.Memory")?,
+            "net" => {
+                need("VM.Config.Network")?;
+                if let Some(bridge) = value.and_then(bridge_of) {
+                    cx.require(&format!("/sdn/zones/localnetwork/{bridge}"), "SDN.Use")?;
+                }
             }
-            "rootfs" | "mp" => {
-                cx.require(&path, "VM.Config.Disk")?;
-                if let Some(kind) = value.and_then(mount_kind) {
-                    return Err(ApiError::root_only(&format!("mount point type {kind}")));
+            "nameserver" | "searchdomain" | "hostname" => need("VM.Config.Network")?,
+            "rootfs" | "mp" | "unused" => {
+                need("VM.Config.Disk")?;
+                if let Some(mount) = value.and_then(|v| Mount::parse(v).ok()) {
+                    check_mount(cx, &mount)?;
                 }
             }
             "dev" => return Err(ApiError::root_only("configuring device passthrough")),
             "hookscript" => return Err(ApiError::root_only("changing the hookscript")),
-            "features" => check_features(cx, vmid, value.unwrap_or_default())?,
-            _ => cx.require(&path, "VM.Config.Options")?,
+            "features" => {
+                check_features(before, value.unwrap_or_default())?;
+                need("VM.Allocate")?;
+            }
+            _ => need("VM.Config.Options")?,
         }
     }
     Ok(())
 }
 
-fn check_features(cx: &Context<'_>, vmid: u32, value: &str) -> Result<(), ApiError> {
-    let current = cx.node.load(vmid)?.current;
-    if !current.flag("unprivileged") {
+/// Checks that the caller may use the source of a mount point, and that its storage exists.
+pub fn check_mount(cx: &Context<'_>, mount: &Mount) -> Result<(), ApiError> {
+    if let Some(kind) = mount.restricted().filter(|_| !cx.who.is_root()) {
+        return Err(ApiError::root_only(&format!("mount point type {kind}")));
+    }
+    if let Some(storage) = mount.storage() {
+        cx.node.storage(storage)?;
+        cx.require(&format!("/storage/{storage}"), "Datastore.AllocateSpace")?;
+    }
+    Ok(())
+}
+
+fn bridge_of(net: &str) -> Option<String> {
+    let bridge = split_props("name", net).into_iter().find(|(key, _)| key == "bridge");
+    bridge.map(|(_, value)| value)
+}
+
+fn check_features(before: &Section, value: &str) -> Result<(), ApiError> {
+    if !before.flag("unprivileged") {
         return Err(ApiError::root_only("changing feature flags for privileged container"));
     }
     let flags = |text: &str| -> BTreeMap<String, String> {
         let on = |v: &str| parse_bool(v) != Some(false);
         split_props("", text).into_iter().filter(|(k, v)| k != "nesting" && on(v)).collect()
     };
-    if flags(value) != flags(&current.text("features").unwrap_or_default()) {
+    if flags(value) != flags(&before.text("features").unwrap_or_default()) {
         return Err(ApiError::root_only("changing feature flags (except nesting)"));
     }
-    cx.require(&format!("/vms/{vmid}"), "VM.Allocate")
+    Ok(())
 }
 
 /// The option without its index.
@@ -181,15 +235,37 @@ fn stem(key: &str) -> &str {
     key.trim_end_matches(|c: char| c.is_ascii_digit())
 }
 
-/// `bind` or `device` for a path, `None` for a volume.
-fn mount_kind(value: &str) -> Option<&'static str> {
-    let props = split_props("volume", value);
-    let volume = props.iter().find(|(k, _)| k == "volume").map_or("", |(_, v)| v.as_str());
-    match volume {
-        v if v.starts_with("/dev/") => Some("device"),
-        v if v.starts_with('/') => Some("bind"),
-        _ => None,
+/// Makes the volumes that new mount points ask for. Gives those that were made.
+async fn allocate(
+    node: &Node,
+    vmid: u32,
+    before: &Config,
+    change: &mut Change,
+) -> Result<Vec<VolumeId>, ApiError> {
+    let mut made = Vec::new();
+    let unprivileged = before.current.flag("unprivileged");
+    for (key, value) in change.set.iter_mut().filter(|(k, _)| matches!(stem(k), "rootfs" | "mp")) {
+        let mut mount = Mount::parse(value)?;
+        if *key == "rootfs" && mount.source != Mount::parse(&before_rootfs(before))?.source {
+            let text = "this simulator does not replace a root file system";
+            return Err(ApiError::Failed(text.into()));
+        }
+        match node.allocate(vmid, &mut mount, unprivileged).await {
+            Ok(volume) => made.extend(volume),
+            Err(error) => {
+                for volume in &made {
+                    node.free_volume(volume)?;
+                }
+                return Err(ApiError::Failed(error));
+            }
+        }
+        *value = mount.to_string();
     }
+    Ok(made)
+}
+
+fn before_rootfs(before: &Config) -> String {
+    before.current.text("rootfs").unwrap_or_default()
 }
 
 /// Puts the change into the pending section.
@@ -215,9 +291,6 @@ fn stage(config: &mut Config, change: &Change) -> Result<(), ApiError> {
             "unprivileged" => {
                 return failed("unable to modify read-only option: 'unprivileged'".into());
             }
-            "rootfs" | "mp" => {
-                return failed(format!("unable to set '{key}': this simulator has no volumes"));
-            }
             "net" => {
                 config.revert(key);
                 config.pending.set(key, &complete_net(value));
@@ -231,15 +304,18 @@ fn stage(config: &mut Config, change: &Change) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// An address with Proxmox's prefix.
+pub fn random_mac() -> String {
+    let [a, b, c]: [u8; 3] = rand::random();
+    format!("BC:24:11:{a:02X}:{b:02X}:{c:02X}")
+}
+
 /// Adds address and type to a network interface and sorts its properties, the name first.
-fn complete_net(value: &str) -> String {
+pub fn complete_net(value: &str) -> String {
     let mut props: BTreeMap<String, String> = split_props("name", value).into_iter().collect();
     let name = props.remove("name").unwrap_or_default();
     props.entry("type".into()).or_insert_with(|| "veth".into());
-    props.entry("hwaddr".into()).or_insert_with(|| {
-        let [a, b, c]: [u8; 3] = rand::random();
-        format!("BC:24:11:{a:02X}:{b:02X}:{c:02X}")
-    });
+    props.entry("hwaddr".into()).or_insert_with(random_mac);
     let bridge = props.remove("bridge").map(|b| format!(",bridge={b}")).unwrap_or_default();
     let rest: String = props.iter().map(|(k, v)| format!(",{k}={v}")).collect();
     format!("name={name}{bridge}{rest}")
@@ -311,12 +387,5 @@ mod tests {
         let net = complete_net("bridge=vmbr0,ip=dhcp,name=eth0,hwaddr=BC:24:11:00:00:01");
         assert_eq!(net, "name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,ip=dhcp,type=veth");
         assert!(complete_net("name=eth0").starts_with("name=eth0,hwaddr=BC:24:11:"));
-    }
-
-    #[test]
-    fn paths_are_no_volumes() {
-        assert_eq!(mount_kind("/srv/x,mp=/y"), Some("bind"));
-        assert_eq!(mount_kind("mp=/y,volume=/dev/sda"), Some("device"));
-        assert_eq!(mount_kind("local:1"), None);
     }
 }

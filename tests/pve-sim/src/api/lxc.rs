@@ -2,17 +2,21 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
+use tokio::process::Command;
 
 use super::{Answer, Context, names};
 use crate::conf::Section;
+use crate::ct::Destroy;
 use crate::error::ApiError;
 use crate::generate::Limits;
 use crate::node::Node;
 use crate::params::{Kind, opt, split_props};
 use crate::profile::Call;
+use crate::storage::parse_size;
 use crate::{lxc, proc, sys};
 
 /// How long a list waits for the pid of a CT, which a starting one cannot tell.
@@ -92,20 +96,56 @@ pub async fn row(node: &Node, vmid: u32, conf: &Section, active: &HashSet<u32>) 
     row
 }
 
+/// `GET …/interfaces`: those of a running CT, `null` for any other.
+pub async fn interfaces(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
+    cx.require(&format!("/vms/{vmid}"), "VM.Audit")?;
+    let vmid = cx.verify_ct(vmid, &[])?;
+    let data = match lxc::init_pid(&cx.node.paths.lxc, vmid, PID_WAIT).await {
+        Some(pid) => net_interfaces(pid).await.unwrap_or(Json::Null),
+        None => Json::Null,
+    };
+    Ok(Answer::protected(data, Call::Status))
+}
+
+/// The interfaces in the network namespace of a process.
+async fn net_interfaces(pid: u32) -> Option<Json> {
+    let output = Command::new("nsenter")
+        .args(["--target", &pid.to_string(), "--net", "ip", "-json", "address"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .ok()?;
+    let links: Json = serde_json::from_slice(&output.stdout).ok()?;
+    let list = links.as_array()?.iter().filter(|link| !link["ifname"].is_null());
+    Some(list.map(net_interface).collect())
+}
+
+fn net_interface(link: &Json) -> Json {
+    let mac = link["address"].as_str().unwrap_or_default();
+    let mut row = json!({
+        "name": link["ifname"], "hwaddr": mac, "hardware-address": mac, "ip-addresses": [],
+    });
+    for address in link["addr_info"].as_array().into_iter().flatten() {
+        let family = address["family"].as_str().unwrap_or_default();
+        let (ip, prefix) = (&address["local"], &address["prefixlen"]);
+        // The last one of a family is shown once more.
+        row[family] = json!(format!("{}/{prefix}", ip.as_str().unwrap_or_default()));
+        if let Some(list) = row["ip-addresses"].as_array_mut() {
+            let prefix = prefix.to_string();
+            list.push(json!({"ip-address": ip, "ip-address-type": family, "prefix": prefix}));
+        }
+    }
+    row
+}
+
 /// The size in `rootfs:`; 4 GiB if it says none.
 fn rootfs_size(conf: &Section) -> i64 {
     let props = split_props("volume", &conf.text("rootfs").unwrap_or_default());
-    let size = props.iter().find(|(k, _)| k == "size").map_or("", |(_, v)| v.as_str());
-    let unit: i64 = match size.bytes().last() {
-        Some(b'K') => 1 << 10,
-        Some(b'M') => 1 << 20,
-        Some(b'G') => 1 << 30,
-        Some(b'T') => 1 << 40,
-        _ => 1,
-    };
-    let number: f64 = size.trim_end_matches(char::is_alphabetic).parse().unwrap_or(0.0);
-    match (number * unit as f64) as i64 {
-        n if n > 0 => n,
+    let size = props.iter().find(|(k, _)| k == "size").and_then(|(_, v)| parse_size(v));
+    match size.and_then(|n| i64::try_from(n).ok()) {
+        Some(n) if n > 0 => n,
         _ => 4 << 30,
     }
 }
@@ -148,9 +188,14 @@ pub fn destroy(cx: &Context<'_>, vmid: &str) -> Result<Answer, ApiError> {
             opt("purge", Kind::Bool),
         ]],
     )?;
-    let how = (cx.params().flag("force"), cx.params().flag("purge"));
+    let params = cx.params();
+    let how = Destroy {
+        force: params.flag("force"),
+        purge: params.flag("purge"),
+        unreferenced: params.flag("destroy-unreferenced-disks"),
+    };
     let node = cx.node.clone();
-    node.check_destroy(vmid, how.0)?;
+    node.check_destroy(vmid, how.force)?;
     let upid = cx.node.tasks.spawn(&cx.node.name, "vzdestroy", &vmid.to_string(), cx.who, |task| {
         node.destroy_ct(task, vmid, how, posted)
     });

@@ -1,11 +1,13 @@
 //! The API: which call a request is, who may make it, and one module per kind of resource.
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLockReadGuard};
 
 use serde_json::{Value as Json, json};
 use tokio::time::sleep;
 
-use crate::acl::Identity;
+use crate::acl::{Acl, Identity};
+use crate::cluster::Cluster;
+use crate::console::Client;
 use crate::error::ApiError;
 use crate::http::Request;
 use crate::node::Node;
@@ -13,12 +15,25 @@ use crate::params::{self, Kind, Params, Spec, VMID, opt};
 use crate::profile::Call;
 
 mod access;
+mod clone;
 mod cluster;
 mod config;
+mod console;
+
+mod create;
 mod lxc;
+mod migrate;
 mod nodes;
+mod outside;
+mod pools;
+mod route;
+mod snapshot;
 mod status;
+mod storage;
 mod tasks;
+mod volumes;
+
+use route::{Call as Route, CtCall, NodeCall};
 
 /// A successful answer.
 #[derive(Debug)]
@@ -31,17 +46,28 @@ pub struct Answer {
     pub protected: bool,
     /// How long it takes.
     pub call: Call,
+    /// Whether the connection ends with it.
+    pub close: bool,
+    /// What the connection becomes instead of an answer.
+    pub websocket: Option<Client>,
 }
 
 impl Answer {
     /// An answer of the front end.
     fn plain(data: Json) -> Self {
-        Self { data, total: None, protected: false, call: Call::Plain }
+        Self {
+            data,
+            total: None,
+            protected: false,
+            call: Call::Plain,
+            close: false,
+            websocket: None,
+        }
     }
 
     /// An answer of the privileged daemon.
     fn protected(data: Json, call: Call) -> Self {
-        Self { data, total: None, protected: true, call }
+        Self { data, total: None, protected: true, call, close: false, websocket: None }
     }
 
     fn with_total(mut self, total: usize) -> Self {
@@ -52,6 +78,8 @@ impl Answer {
 
 /// What a call works with.
 struct Context<'a> {
+    cluster: &'a Arc<Cluster>,
+    /// The node that the call is about, or the one that was asked.
     node: &'a Arc<Node>,
     who: &'a Identity,
     request: &'a Request,
@@ -62,13 +90,17 @@ impl Context<'_> {
         &self.request.params
     }
 
+    fn acl(&self) -> RwLockReadGuard<'_, Acl> {
+        self.cluster.dc.acl()
+    }
+
     /// Requires a privilege.
     fn require(&self, path: &str, privilege: &str) -> Result<(), ApiError> {
-        self.node.acl().require(self.who, path, privilege)
+        self.acl().require(self.who, path, privilege)
     }
 
     fn may(&self, path: &str, privilege: &str) -> bool {
-        self.node.acl().may(self.who, path, privilege)
+        self.acl().may(self.who, path, privilege)
     }
 
     /// Checks the parameters of a call without a VMID.
@@ -90,90 +122,148 @@ impl Context<'_> {
 /// Parameters that only the user root@pam may use, so no token at all.
 const SKIPLOCK: Spec = opt("skiplock", Kind::Bool);
 
-/// Answers an authenticated request.
+/// Answers a request.
 pub async fn handle(
-    node: &Arc<Node>,
+    cluster: &Arc<Cluster>,
+    entry: &Arc<Node>,
     who: &Identity,
     request: &Request,
 ) -> Result<Answer, ApiError> {
     let unknown = || ApiError::NotImplemented {
         method: request.method.clone(),
-        path: request.path.strip_prefix("/api2/json").unwrap_or(&request.path).to_owned(),
+        path: request.path.strip_prefix(PREFIX).unwrap_or(&request.path).to_owned(),
     };
-    let path = request.path.strip_prefix("/api2/json").ok_or_else(unknown)?;
-    let segments: Vec<String> =
-        path.split('/').filter(|s| !s.is_empty()).map(percent_decode).collect();
+    let segments = segments(&request.path).ok_or_else(unknown)?;
     let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let cx = Context { node, who, request };
-    let method = request.method.as_str();
-    match (method, segments.as_slice()) {
-        ("GET", ["version"]) => cluster::version(&cx),
-        ("GET", ["access", "permissions"]) => access::permissions(&cx),
-        ("GET", ["cluster", "nextid"]) => cluster::nextid(&cx),
-        ("GET", ["cluster", "resources"]) => cluster::resources(&cx).await,
-        ("GET", ["nodes"]) => nodes::list(&cx),
-        ("GET", ["pools"]) => cluster::pools(&cx),
-        (_, ["nodes", name, rest @ ..]) if is_node_call(method, rest) => {
-            if *name != node.name {
-                sleep(node.profile.unknown_node()).await;
-                return Err(ApiError::Failed(format!(
-                    "hostname lookup '{name}' failed - failed to get address info for: {name}: \
-                     Temporary failure in name resolution"
-                )));
-            }
-            match node_call(&cx, method, rest).await {
-                Some(result) => result,
-                None => Err(unknown()),
-            }
+    let call = route::parse(&request.method, &segments).ok_or_else(unknown)?;
+    let cx = &Context { cluster, node: entry, who, request };
+    match call {
+        Route::Version => cluster::version(cx),
+        // Without credentials; the front end has sorted it out before.
+        Route::Login => access::login(cx),
+        Route::Permissions => access::permissions(cx),
+        Route::Roles => access::roles(cx),
+        Route::RoleCreate => access::create_role(cx),
+        Route::Acl => access::acl(cx),
+        Route::AclChange => access::change_acl(cx),
+        Route::Users => access::users(cx),
+        Route::UserCreate => access::create_user(cx),
+        Route::User(user) => access::user(cx, user),
+        Route::UserDelete(user) => access::delete_user(cx, user),
+        Route::Tokens(user) => access::tokens(cx, user),
+        Route::TokenCreate(user, token) => access::create_token(cx, user, token),
+        Route::TokenDelete(user, token) => access::delete_token(cx, user, token),
+        Route::NextId => cluster::nextid(cx),
+        Route::Resources => cluster::resources(cx).await,
+        Route::ClusterStatus => cluster::status(cx),
+        Route::ClusterTasks => cluster::tasks(cx),
+        Route::Nodes => nodes::list(cx),
+        Route::Pools => pools::list(cx),
+        Route::PoolCreate => pools::create(cx),
+        Route::PoolChange => pools::change(cx),
+        Route::PoolDelete => pools::delete(cx),
+        Route::StorageConfig => storage::configuration(cx),
+        Route::Node(name, call) => {
+            let node = reach(cluster, entry, name).await?;
+            node_call(&Context { node, ..*cx }, call).await
         }
-        _ => Err(unknown()),
     }
 }
 
-/// Whether there is such a call at all, on whatever node.
-fn is_node_call(method: &str, rest: &[&str]) -> bool {
-    match (method, rest) {
-        ("GET", ["status" | "storage" | "tasks" | "lxc"])
-        | ("GET", ["tasks", _, "status" | "log"])
-        | ("DELETE", ["tasks", _])
-        | ("GET" | "DELETE", ["lxc", _])
-        | ("GET" | "PUT", ["lxc", _, "config"])
-        | ("GET", ["lxc", _, "pending" | "status"])
-        | ("GET", ["lxc", _, "status", "current"]) => true,
-        ("POST", ["lxc", _, "status", action]) => status::Action::parse(action).is_some(),
-        _ => false,
+/// The node that a call is about, as far as the entry node can reach it.
+async fn reach<'a>(
+    cluster: &'a Cluster,
+    entry: &Node,
+    name: &str,
+) -> Result<&'a Arc<Node>, ApiError> {
+    let Some(node) = cluster.node(name) else {
+        sleep(entry.profile.unknown_node()).await;
+        return Err(ApiError::Failed(format!(
+            "hostname lookup '{name}' failed - failed to get address info for: {name}: \
+             Temporary failure in name resolution"
+        )));
+    };
+    if !node.is_online() {
+        let reason = "No route to host".to_owned();
+        return Err(ApiError::Gateway { code: 595, reason });
+    }
+    Ok(node)
+}
+
+async fn node_call(cx: &Context<'_>, call: NodeCall<'_>) -> Result<Answer, ApiError> {
+    match call {
+        NodeCall::Status => nodes::status(cx),
+        NodeCall::Network => nodes::network(cx),
+        NodeCall::Tasks => tasks::list(cx),
+        NodeCall::TaskStatus(upid) => tasks::status(cx, upid),
+        NodeCall::TaskLog(upid) => tasks::log(cx, upid),
+        NodeCall::TaskStop(upid) => tasks::stop(cx, upid).await,
+        NodeCall::OciTags => outside::oci_tags(cx),
+        NodeCall::Backup => outside::backup(cx),
+        NodeCall::Storages => storage::list(cx),
+        NodeCall::StorageStatus(name) => storage::status(cx, name),
+        NodeCall::Content(name) => storage::content(cx, name),
+        NodeCall::Volume(name, volume) => storage::volume(cx, name, volume),
+        NodeCall::VolumeDelete(name, volume) => storage::delete_volume(cx, name, volume),
+        NodeCall::Upload(name) => storage::upload(cx, name),
+        NodeCall::Download(name) => outside::download(cx, name),
+        NodeCall::OciPull(name) => outside::oci_pull(cx, name),
+        NodeCall::Cts => lxc::list(cx).await,
+        NodeCall::CtCreate => create::create(cx),
+        NodeCall::Ct(vmid, call) => ct_call(cx, vmid, call).await,
     }
 }
 
-async fn node_call(
-    cx: &Context<'_>,
-    method: &str,
-    rest: &[&str],
-) -> Option<Result<Answer, ApiError>> {
-    Some(match (method, rest) {
-        ("GET", ["status"]) => nodes::status(cx),
-        ("GET", ["storage"]) => nodes::storage(cx),
-        ("GET", ["tasks"]) => tasks::list(cx),
-        ("GET", ["tasks", upid, "status"]) => tasks::status(cx, upid),
-        ("GET", ["tasks", upid, "log"]) => tasks::log(cx, upid),
-        ("DELETE", ["tasks", upid]) => tasks::stop(cx, upid).await,
-        ("GET", ["lxc"]) => lxc::list(cx).await,
-        ("GET", ["lxc", vmid]) => lxc::index(cx, vmid),
-        ("DELETE", ["lxc", vmid]) => lxc::destroy(cx, vmid),
-        ("GET", ["lxc", vmid, "config"]) => config::get(cx, vmid),
-        ("PUT", ["lxc", vmid, "config"]) => config::put(cx, vmid).await,
-        ("GET", ["lxc", vmid, "pending"]) => config::pending(cx, vmid),
-        ("GET", ["lxc", vmid, "status"]) => status::index(cx, vmid),
-        ("GET", ["lxc", vmid, "status", "current"]) => status::current(cx, vmid).await,
-        ("POST", ["lxc", vmid, "status", action]) => {
-            status::act(cx, vmid, status::Action::parse(action)?)
-        }
-        _ => return None,
-    })
+async fn ct_call(cx: &Context<'_>, vmid: &str, call: CtCall<'_>) -> Result<Answer, ApiError> {
+    match call {
+        CtCall::Index => lxc::index(cx, vmid),
+        CtCall::Destroy => lxc::destroy(cx, vmid),
+        CtCall::Config => config::get(cx, vmid),
+        CtCall::ConfigChange => config::put(cx, vmid).await,
+        CtCall::Pending => config::pending(cx, vmid),
+        CtCall::StatusIndex => status::index(cx, vmid),
+        CtCall::StatusCurrent => status::current(cx, vmid).await,
+        CtCall::Act(action) => status::act(cx, vmid, action),
+        CtCall::Clone => clone::clone(cx, vmid),
+        CtCall::Resize => volumes::resize(cx, vmid),
+        CtCall::MoveVolume => volumes::move_volume(cx, vmid),
+        CtCall::Template => volumes::template(cx, vmid),
+        CtCall::Feature => snapshot::feature(cx, vmid),
+        CtCall::Snapshots => snapshot::list(cx, vmid),
+        CtCall::SnapshotCreate => snapshot::create(cx, vmid),
+        CtCall::SnapshotConfig(name) => snapshot::config(cx, vmid, name),
+        CtCall::SnapshotDelete(name) => snapshot::delete(cx, vmid, name),
+        CtCall::Rollback(name) => snapshot::rollback(cx, vmid, name),
+        CtCall::Migrate => migrate::migrate(cx, vmid),
+        CtCall::Interfaces => lxc::interfaces(cx, vmid).await,
+        CtCall::TermProxy => console::term_proxy(cx, vmid),
+        CtCall::VncProxy => console::vnc_proxy(cx, vmid).await,
+        CtCall::VncWebsocket => console::websocket(cx, vmid).await,
+    }
+}
+
+const PREFIX: &str = "/api2/json";
+
+/// The decoded segments of a path below `/api2/json`.
+fn segments(path: &str) -> Option<Vec<String>> {
+    let path = path.strip_prefix(PREFIX)?;
+    Some(path.split('/').filter(|s| !s.is_empty()).map(percent_decode).collect())
+}
+
+/// Whether a request may come without credentials.
+pub fn is_public(request: &Request) -> bool {
+    request.method == "POST" && request.path == "/api2/json/access/ticket"
+}
+
+/// Whether a request's body is a file.
+pub fn is_upload(method: &str, path: &str) -> bool {
+    let segments = segments(path).unwrap_or_default();
+    let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+    matches!(route::parse(method, &segments), Some(Route::Node(_, NodeCall::Upload(_))))
 }
 
 /// Decodes a path segment. What is no escape stays as it is.
-fn percent_decode(segment: &str) -> String {
+pub fn percent_decode(segment: &str) -> String {
     // The decoder of forms would turn `+` into a space.
     let escaped = segment.replace('+', "%2B").replace(['&', '='], "%26");
     if segment.contains(['&', '=']) || !segment.contains('%') {

@@ -2,54 +2,60 @@
 
 use std::fs;
 
-use serde_json::{Value as Json, json};
+use serde_json::json;
 
 use super::cluster::PVE_VERSION;
 use super::{Answer, Context};
 use crate::error::ApiError;
-use crate::node::Node;
 use crate::params::{Kind, opt};
-use crate::profile::Call;
 use crate::{proc, sys};
-
-/// What the storage `local` is for.
-pub const LOCAL_CONTENT: &str = "backup,images,iso,rootdir,snippets,vztmpl";
 
 /// `GET /nodes`
 pub fn list(cx: &Context<'_>) -> Result<Answer, ApiError> {
     cx.verify(&[])?;
-    let mut row = json!({
-        "id": format!("node/{}", cx.node.name), "node": cx.node.name,
-        "status": "online", "type": "node",
+    let fingerprint = cx.cluster.certificate.fingerprint();
+    let rows = cx.cluster.nodes().iter().map(|node| {
+        json!({
+            "id": format!("node/{}", node.name), "node": node.name, "type": "node",
+            "status": if node.is_online() { "online" } else { "offline" },
+            "ssl_fingerprint": fingerprint,
+        })
     });
-    row["ssl_fingerprint"] = json!(cx.node.fingerprint);
-    Ok(Answer::plain(json!([row])))
+    Ok(Answer::plain(rows.collect()))
 }
 
-/// Total, used and available bytes of the storage `local`.
-pub fn local_disk(node: &Node) -> (u64, u64, u64) {
-    sys::disk(&node.paths.root).unwrap_or_default()
-}
-
-/// `GET /nodes/{node}/storage`
-pub fn storage(cx: &Context<'_>) -> Result<Answer, ApiError> {
-    cx.verify(&[
-        opt("content", Kind::Text(255)),
-        opt("enabled", Kind::Bool),
-        opt("format", Kind::Bool),
-        opt("storage", Kind::Text(255)),
-        opt("target", Kind::Text(63)),
-    ])?;
+/// `GET /nodes/{node}/network`: the bridges of the host.
+pub fn network(cx: &Context<'_>) -> Result<Answer, ApiError> {
+    cx.verify(&[opt("type", Kind::Text(32))])?;
+    let wanted = cx.params().get("type");
+    let mut names: Vec<String> = fs::read_dir("/sys/class/net")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
     let mut rows = Vec::new();
-    if cx.may("/storage/local", "Datastore.Audit") {
-        let (total, used, avail) = local_disk(cx.node);
-        rows.push(json!({
-            "storage": "local", "type": "dir", "active": 1, "enabled": 1, "shared": 0,
-            "content": LOCAL_CONTENT, "total": total, "used": used, "avail": avail,
-            "used_fraction": if total == 0 { 0.0 } else { used as f64 / total as f64 },
-        }));
+    for name in names {
+        let dir = std::path::Path::new("/sys/class/net").join(&name);
+        let (kind, bridge) = match (dir.join("bridge").exists(), dir.join("device").exists()) {
+            (true, _) => ("bridge", true),
+            (false, true) => ("eth", false),
+            (false, false) => continue,
+        };
+        let fits = match wanted {
+            None => true,
+            Some("any_bridge" | "any_local_bridge") => bridge,
+            Some(wanted) => wanted == kind,
+        };
+        if fits {
+            rows.push(json!({
+                "iface": name, "type": kind, "active": 1, "families": ["inet"],
+                "method": "manual", "method6": "manual", "priority": rows.len() + 3,
+            }));
+        }
     }
-    Ok(Answer::protected(Json::Array(rows), Call::Status))
+    Ok(Answer::plain(rows.into_iter().collect()))
 }
 
 /// `GET /nodes/{node}/status`
@@ -71,7 +77,7 @@ pub fn status(cx: &Context<'_>) -> Result<Answer, ApiError> {
         values.find(|(k, _)| k.trim() == key).map_or("", |(_, v)| v.trim())
     };
     let cpus = cpuinfo.lines().filter(|l| l.starts_with("processor")).count();
-    let (disk, disk_used, disk_avail) = local_disk(cx.node);
+    let (disk, disk_used, disk_avail) = sys::disk(&cx.cluster.dc.root).unwrap_or_default();
     Ok(Answer::plain(json!({
         "boot-info": {"mode": "efi"},
         "cpu": 0,

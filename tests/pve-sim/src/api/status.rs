@@ -125,8 +125,8 @@ pub fn act(cx: &Context<'_>, vmid: &str, action: Action) -> Result<Answer, ApiEr
                 check_lock(&node.load(vmid)?)?;
                 let how = if action == Action::Suspend { "-s" } else { "-r --foreground" };
                 Err(format!(
-                    "command 'lxc-checkpoint -n {vmid} {how} -D /var/lib/vz/dump' failed: \
-                     exit code 1"
+                    "command 'lxc-checkpoint -n {vmid} {how} -D {}' failed: exit code 1",
+                    node.paths.vz.join("dump").display()
                 ))
             }
         }

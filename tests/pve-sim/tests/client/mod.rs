@@ -5,16 +5,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use pve_sim::cluster::Cluster;
 use pve_sim::http;
-use pve_sim::node::Node;
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Sends a request over a connection of its own and reads until the answer is complete or the
 /// connection ends.
-pub async fn exchange(node: Arc<Node>, request: impl AsRef<[u8]>) -> Vec<u8> {
+pub async fn exchange(cluster: &Arc<Cluster>, request: impl AsRef<[u8]>) -> Vec<u8> {
     let (mut client, server) = tokio::io::duplex(1 << 20);
-    let serving = tokio::spawn(http::serve(node, server));
+    let serving = tokio::spawn(http::serve(cluster.clone(), cluster.first().clone(), server));
     // It may be refused before all of it is sent.
     let _ = client.write_all(request.as_ref()).await;
     let mut bytes = Vec::new();
@@ -42,8 +42,8 @@ pub struct Answer {
 
 impl Answer {
     /// Sends a request over a connection of its own and reads the answer, which must be complete.
-    pub async fn read(node: Arc<Node>, request: &str) -> Self {
-        let bytes = exchange(node, request).await;
+    pub async fn read(cluster: &Arc<Cluster>, request: impl AsRef<[u8]>) -> Self {
+        let bytes = exchange(cluster, request).await;
         let text = String::from_utf8_lossy(&bytes).into_owned();
         Self::parse(&text).unwrap_or_else(|| panic!("the answer ends early: {text:?}"))
     }

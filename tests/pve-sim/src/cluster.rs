@@ -145,16 +145,16 @@ impl Cluster {
     /// Makes the directories, ends what an earlier simulator left there, and reads or makes the
     /// tokens and the password.
     pub fn open(options: &Options) -> Result<Arc<Self>, StartError> {
-        let root = check_root(&options.root)?;
-        let lock_path = root.join("lock");
-        let file = File::create(&lock_path).map_err(|e| write_error(&lock_path, e))?;
-        sys::try_flock(&file).map_err(|_| StartError::InUse(root.clone()))?;
         for (n, name) in options.nodes.iter().enumerate() {
             check_name(name)?;
             if options.nodes[..n].contains(name) {
                 return Err(StartError::BadName(name.clone()));
             }
         }
+        let root = check_root(&options.root)?;
+        let lock_path = root.join("lock");
+        let file = File::create(&lock_path).map_err(|e| write_error(&lock_path, e))?;
+        sys::try_flock(&file).map_err(|_| StartError::InUse(root.clone()))?;
         let first = options.nodes.first().ok_or(StartError::NoNodes)?;
 
         let mut acl = Acl::with_tokens(

@@ -815,6 +815,8 @@ pub fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::golden;
 
@@ -915,6 +917,74 @@ mod tests {
             let once = parse(text, 100).0.render();
             let twice = parse(&once, 100).0.render();
             assert_eq!(once, twice, "{text:?}");
+        }
+    }
+
+    /// What may stand in a file: lines of every kind, well and badly formed.
+    fn any_line() -> impl Strategy<Value = String> {
+        let key = prop_oneof![
+            "[a-z_]{1,8}[0-9]{0,2}",
+            Just("memory".to_owned()),
+            Just("description".to_owned()),
+            Just("delete".to_owned()),
+            Just("lxc.environment.runtime".to_owned()),
+            Just("lxc.cap.drop".to_owned()),
+            "lxc\\.[a-z.]{0,12}",
+        ];
+        let value = prop_oneof!["[ -~]{0,12}", "[0-9]{1,20}", any::<String>()];
+        let separator = prop_oneof![Just(": "), Just(":"), Just(" = "), Just("=")];
+        prop_oneof![
+            (key, separator, value).prop_map(|(k, s, v)| format!("{k}{s}{v}")),
+            any::<String>().prop_map(|text| format!("#{text}")),
+            Just("[pve:pending]".to_owned()),
+            "\\[[a-z0-9-]{0,6}\\]",
+            any::<String>(),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(lines in prop::collection::vec(any_line(), 0..20)) {
+            let (before, _) = parse(&lines.join("\n"), 100);
+            let (after, _) = parse(&before.render(), 100);
+            // Empty lines at the end of notes are lost, as with Proxmox VE.
+            let comparable = |config: &Config| {
+                let mut config = Config { digest: String::new(), ..config.clone() };
+                let sections = [&mut config.current, &mut config.pending];
+                for section in sections.into_iter().chain(config.snapshots.values_mut()) {
+                    let notes = section.description.take();
+                    section.description = notes.map(|text| text.trim_end_matches('\n').to_owned());
+                }
+                config
+            };
+            prop_assert_eq!(comparable(&before), comparable(&after));
+            prop_assert_eq!(parse(&after.render(), 100).0, after);
+        }
+
+        #[test]
+        fn no_value_of_an_option_adds_a_key(
+            options in prop::collection::btree_map(
+                prop::sample::select(OPTIONS.iter().map(|s| s.name.replace("[n]", "3")).collect::<Vec<_>>()),
+                prop_oneof!["[ -~]{1,20}", "[a-z]{1,8}", "[0-9]{1,3}", any::<String>()],
+                1..6,
+            ),
+        ) {
+            let params = crate::params::Params(options);
+            let mut section = Section::default();
+            for (key, value) in &params.0 {
+                let one = crate::params::Params(BTreeMap::from([(key.clone(), value.clone())]));
+                let valid = crate::params::verify(&[OPTIONS], &one).is_ok();
+                if valid && (key == "description" || !value.contains('\n')) {
+                    section.set(key, value);
+                }
+            }
+            let config = Config { current: section, ..Config::default() };
+            let (after, _) = parse(&config.render(), 100);
+            prop_assert!(after.pending == Section::default() && after.snapshots.is_empty());
+            prop_assert!(after.current.raw.is_empty());
+            for key in after.current.values.keys() {
+                prop_assert!(config.current.has(key), "{} appeared", key);
+            }
         }
     }
 }

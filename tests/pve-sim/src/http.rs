@@ -360,11 +360,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADER_LINES];
         let mut parsed = httparse::Request::new(&mut headers);
         let length = match parsed.parse(&self.buffer) {
-            Ok(httparse::Status::Complete(length)) => length,
+            Ok(httparse::Status::Complete(length)) if length <= MAX_HEADER_BYTES => length,
             Ok(httparse::Status::Partial) if self.buffer.len() <= MAX_HEADER_BYTES => {
                 return Ok(None);
             }
-            Ok(httparse::Status::Partial) => {
+            Ok(_) => {
                 return Err(ApiError::BadRequest("too large http header".into()));
             }
             Err(httparse::Error::TooManyHeaders) => {

@@ -334,6 +334,8 @@ impl Tasks {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -360,6 +362,29 @@ mod tests {
             "UPID:../x:000004EA:000500BC:6B01F13F:a:1:u:",
         ] {
             assert_eq!(text.parse::<Upid>(), Err(NotAUpid), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_upid_that_is_understood_says_what_it_was(text in "UPID:[!-~]{0,80}") {
+            if let Ok(upid) = text.parse::<Upid>() {
+                prop_assert_eq!(upid.to_string().to_ascii_uppercase(), text.to_ascii_uppercase());
+            }
+        }
+
+        #[test]
+        fn every_upid_is_understood(
+            node in "[a-z][a-z0-9-]{0,10}",
+            numbers in (any::<u32>(), any::<u32>(), any::<u32>()),
+            kind in "[a-z]{1,12}",
+            id in "[a-z0-9_.@-]{0,10}",
+            user in "[a-z]{1,8}@[a-z]{2,4}(![a-z]{2,6})?",
+        ) {
+            let (pid, pstart, starttime) = numbers;
+            let (pstart, starttime) = (u64::from(pstart), u64::from(starttime));
+            let upid = Upid { node, pid, pstart, starttime, kind, id, user };
+            prop_assert_eq!(upid.to_string().parse::<Upid>(), Ok(upid));
         }
     }
 }

@@ -144,14 +144,21 @@ fn split(cx: &Context<'_>) -> Result<Change, ApiError> {
             }
         }
     }
-    for (key, value) in &set {
-        // It would become lines of its own in the file; notes are encoded.
-        if key != "description" && value.contains('\n') {
-            let text = format!("detected invalid newline inside property '{key}'");
-            return Err(ApiError::Failed(text));
-        }
-    }
+    check_lines(set.iter())?;
     Ok(Change { set, delete, revert, digest })
+}
+
+/// Fails for a value that would become lines of its own in the file; notes are encoded.
+pub fn check_lines<'a>(
+    mut options: impl Iterator<Item = (&'a String, &'a String)>,
+) -> Result<(), ApiError> {
+    match options.find(|(key, value)| *key != "description" && value.contains('\n')) {
+        Some((key, _)) => {
+            let text = format!("detected invalid newline inside property '{key}'");
+            Err(ApiError::Failed(text))
+        }
+        None => Ok(()),
+    }
 }
 
 /// What each option needs, and what only root@pam with a ticket may set. `before` is what the

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::config::{check_mount, check_options, complete_net};
+use super::config::{check_lines, check_mount, check_options, complete_net};
 use super::{Answer, Context, pools};
 use crate::conf::{OPTIONS, Section};
 use crate::create::NewCt;
@@ -52,12 +52,11 @@ pub fn create(cx: &Context<'_>) -> Result<Answer, ApiError> {
     }
     cx.node.check_unused(vmid)?;
 
+    let asked = params.0.iter().filter(|(k, _)| OPTIONS.iter().any(|s| s.matches(k)));
+    check_lines(asked.clone())?;
     let mut config = Section::default();
     let mut mounts = Vec::new();
-    for (key, value) in &params.0 {
-        if !OPTIONS.iter().any(|s| s.matches(key)) {
-            continue;
-        }
+    for (key, value) in asked.clone() {
         if key == "rootfs" || key.strip_prefix("mp").is_some_and(|n| n.parse::<u8>().is_ok()) {
             mounts.push((key.clone(), Mount::parse(value).map_err(ApiError::Failed)?));
         } else if key.starts_with("unused") {
@@ -94,7 +93,6 @@ pub fn create(cx: &Context<'_>) -> Result<Answer, ApiError> {
     if config.flag("unprivileged") {
         before.set("unprivileged", "1");
     }
-    let asked = params.0.iter().filter(|(k, _)| OPTIONS.iter().any(|s| s.matches(k)));
     let asked = asked.map(|(k, v)| (k.as_str(), Some(v.as_str())));
     check_options(cx, vmid, pool, &before, asked)?;
     for (_, mount) in &mounts {

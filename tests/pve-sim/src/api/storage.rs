@@ -171,6 +171,7 @@ pub fn delete_volume(cx: &Context<'_>, name: &str, text: &str) -> Result<Answer,
     cx.require(&format!("/storage/{name}"), "Datastore.Allocate")?;
     let node = cx.node.clone();
     let storage = node.storage(name)?;
+    storage.backend().path(&volume.name)?;
     let entry = storage.backend().entries().into_iter().find(|e| e.name == volume.name);
     let owner = entry.and_then(|e| e.vmid);
     if let Some(owner) = owner.filter(|v| cx.cluster.dc.owner(*v).is_some()) {

@@ -127,6 +127,9 @@ impl Backend for Dir {
         if file.is_empty() || file.starts_with('.') || file.contains(['/', '\0']) {
             return Err(bad());
         }
+        if kind == "vztmpl" && template_format(file).is_none() {
+            return Err(bad());
+        }
         if let Some((_, dir)) = KINDS.iter().find(|(content, _)| *content == kind) {
             return Ok(self.path.join(dir).join(file));
         }
@@ -245,6 +248,7 @@ mod tests {
             "vztmpl/",
             "vztmpl/..",
             "vztmpl/../../x",
+            "vztmpl/x",
             "../x",
             "100/../x",
             "100/vm-101-disk-0.raw",

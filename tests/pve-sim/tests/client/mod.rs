@@ -17,6 +17,8 @@ pub async fn exchange(cluster: &Arc<Cluster>, request: impl AsRef<[u8]>) -> Vec<
     let serving = tokio::spawn(http::serve(cluster.clone(), cluster.first().clone(), server));
     // It may be refused before all of it is sent.
     let _ = client.write_all(request.as_ref()).await;
+    // Nobody has to wait for the rest of a request that is not complete.
+    let _ = client.shutdown().await;
     let mut bytes = Vec::new();
     let mut chunk = [0u8; 65536];
     loop {

@@ -1,6 +1,7 @@
 //! What `/proc` says about processes and the host.
 
 use std::fs;
+use std::sync::OnceLock;
 
 /// Clock ticks per second in `/proc`.
 const HZ: u64 = 100;
@@ -27,6 +28,12 @@ pub fn start_ticks(pid: u32) -> Option<u64> {
 /// Whole seconds that a process has existed.
 pub fn age(pid: u32) -> Option<u64> {
     start_ticks(pid).map(|start| uptime_ticks().saturating_sub(start) / HZ)
+}
+
+/// The number of CPUs of the host, asked once: it is slow to find out.
+pub fn cpus() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
 }
 
 /// A value of `/proc/meminfo` in bytes.

@@ -8,6 +8,7 @@ use std::path::Path;
 use crate::cgroup::Cgroups;
 use crate::generate::Host;
 use crate::node::{Paths, StartError, make_dir, write_file};
+use crate::proc;
 use crate::profile::{Profile, Step};
 
 /// Where LXC's own files are.
@@ -92,7 +93,7 @@ pub fn host(paths: &Paths, cgroups: &Cgroups) -> Host {
     let files = fs::read_dir(&config_dir).into_iter().flatten().flatten();
     let controllers = cgroups.v2_controllers();
     let has = |name: &str| controllers.iter().any(|c| c == name);
-    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let cpus = proc::cpus() as u32;
     Host {
         lxc_path: paths.lxc.clone(),
         config_files: files.filter_map(|f| f.file_name().into_string().ok()).collect(),

@@ -51,7 +51,7 @@ pub async fn row(node: &Node, vmid: u32, conf: &Section, active: &HashSet<u32>) 
         .int("cores")
         .map(|n| json!(n))
         .or_else(|| conf.text("cpulimit").filter(|t| t != "0").map(|t| json!(t)))
-        .unwrap_or_else(|| json!(std::thread::available_parallelism().map_or(1, |n| n.get())));
+        .unwrap_or_else(|| json!(proc::cpus()));
     let mut row = json!({
         "vmid": vmid,
         "type": "lxc",

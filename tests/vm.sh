@@ -133,7 +133,7 @@ build_image() {
 
 # The path of the compiled suites.
 suites() {
-	cargo test --release --locked --test e2e --no-run --message-format=json 2>"$log/cargo.log" |
+	cargo test --locked --test e2e --no-run --message-format=json 2>"$log/cargo.log" |
 		sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' || {
 		tail -n 20 "$log/cargo.log" >&2
 		return 1

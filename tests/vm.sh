@@ -126,7 +126,7 @@ build_image() {
 	cp -L -- "$root/initrd.img" "$vm/initrd"
 	# Sparse, with room for images, snapshots and logs.
 	rm -f -- "$vm/disk"
-	nice mke2fs -q -t ext4 -L root -d "$root" "$vm/disk" 6G
+	nice mke2fs -q -t ext4 -L root -d "$root" "$vm/disk" 6G >/dev/null
 	rm -rf --one-file-system -- "$root"
 	printf '%s\n' "$recipe" >"$vm/recipe"
 }

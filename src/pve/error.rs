@@ -372,8 +372,10 @@ impl Failure {
             return Some(Failure::DigestMismatch);
         }
         // pmxcfs without quorum refuses root's writes with EACCES.
-        let unwritable = after("unable to open file '/etc/pve/")
-            .is_some_and(|rest| rest.ends_with("Permission denied"));
+        let unwritable = after("unable to open file '").is_some_and(|rest| {
+            rest.ends_with("Permission denied")
+                && rest.split('\'').next().is_some_and(|path| path.contains("/pve/nodes/"))
+        });
         if unwritable
             || text.starts_with("cluster not ready - no quorum")
             || text.ends_with("no quorum!")
@@ -885,6 +887,11 @@ mod tests {
         assert!(timeout.is_transient());
         let quorum = of("cluster not ready - no quorum?");
         assert!(matches!(quorum.failure(), Some(Failure::NoQuorum { .. })), "{quorum:?}");
+        let path = "/etc/pve/nodes/pve1/lxc/300.conf.tmp.1234";
+        let write = of(&format!("unable to open file '{path}' - Permission denied"));
+        assert!(matches!(write.failure(), Some(Failure::NoQuorum { .. })), "{write:?}");
+        let other = of("unable to open file '/etc/hosts' - Permission denied");
+        assert!(matches!(other.failure(), Some(Failure::Other { .. })), "{other:?}");
         let create = of("unable to create CT 300 - CT 300 already exists on node 'pve1'");
         assert_eq!(create.failure(), Some(&Failure::Exists));
         for text in [

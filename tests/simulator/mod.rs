@@ -53,6 +53,13 @@ impl Simulator {
         self.ready[key].as_str().unwrap_or_else(|| panic!("it says nothing of {key}"))
     }
 
+    /// Where a node of the cluster listens.
+    pub fn endpoint_of(&self, node: &str) -> &str {
+        self.ready["endpoints"][node]
+            .as_str()
+            .unwrap_or_else(|| panic!("it says nothing of {node}"))
+    }
+
     /// The configurations of the node's CTs.
     pub fn confs(&self) -> PathBuf {
         Path::new(self.get("pmxcfs")).join("lxc")

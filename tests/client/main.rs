@@ -5,6 +5,8 @@
 //! The rules under test: no change is sent twice, nobody else's CT is touched, and what is reported
 //! is what happened.
 
+mod calls;
+mod cluster;
 mod faults;
 #[path = "../simulator/mod.rs"]
 mod simulator;

@@ -191,7 +191,7 @@ fn make_cwd(root: &Root, cwd: &str) -> Result<()> {
     root.target(cwd, Kind::Directory).map(drop).attempt(|| format!("mkdir {cwd}"))
 }
 
-fn write_sysctls(sysctls: &[(String, String)]) -> Result<()> {
+pub(crate) fn write_sysctls(sysctls: &[(String, String)]) -> Result<()> {
     if sysctls.is_empty() {
         return Ok(());
     }

@@ -10,6 +10,7 @@ pub mod protocol;
 pub mod container;
 pub mod error;
 pub mod exec;
+pub mod holder;
 pub mod hook;
 pub mod mounts;
 pub mod process;

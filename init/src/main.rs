@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::process::ExitCode;
 
-use proxmox_shim_init::{container, exec, hook, protocol};
+use proxmox_shim_init::{container, exec, holder, hook, protocol};
 
 const HELP: &str = "\
 proxmox-shim-init - PID 1, exec and hook helper of containerd-shim-proxmox-v2
@@ -13,6 +13,7 @@ proxmox-shim-init - PID 1, exec and hook helper of containerd-shim-proxmox-v2
 USAGE
     proxmox-shim-init init
     proxmox-shim-init exec
+    proxmox-shim-init holder
     proxmox-shim-init hook stop RUN_DIR
     proxmox-shim-init hook post-stop
     proxmox-shim-init --version | --help
@@ -31,8 +32,14 @@ MODES
         the Proxmox web interface or with pct.
 
     exec
-        Starts one more process in a running CT. Its socket is descriptor 3. The new process is a
+        Starts one more process in a running CT. Its socket is descriptor 0. The new process is a
         child of the program's parent, not of the program itself.
+
+    holder
+        Holds the namespaces of a Kubernetes pod, which outlive each of its containers, in place of
+        a pause container. Its socket is descriptor 0. The holder is a child of the program's parent,
+        has an empty root directory and no capabilities, and reaps the orphans of its pid namespace.
+        SIGTERM and SIGINT end it with status 0.
 
     hook stop RUN_DIR
         LXC's hook after the CT's end (lxc.hook.stop). Writes RUN_DIR/exit.json: the exit status
@@ -51,7 +58,7 @@ EXIT STATUS
         2    wrong arguments
         127  the workload could not be executed; the shim was told why
         otherwise that of the workload, which replaces this program
-    exec
+    exec, holder
         0    the process was started
     hook
         as described above
@@ -78,6 +85,7 @@ fn main() -> ExitCode {
     match text.as_slice() {
         [Some("init")] => container::run(),
         [Some("exec")] => exec::run(),
+        [Some("holder")] => holder::run(),
         [Some("hook"), Some("stop"), _] => hook::stop(args[2].as_ref()),
         [Some("hook"), Some("post-stop")] => hook::post_stop(),
         [Some("--version" | "-V")] => say(&format!(

@@ -96,7 +96,7 @@ fn apply(process: &Process, root: Root, before: impl FnOnce() -> Result<()>) -> 
 ///
 /// Through an own, detached instance: the container's `/proc` may be missing, or covered by the
 /// image or by another process of the container.
-fn through_procfs(process: &Process) -> Result<()> {
+pub(crate) fn through_procfs(process: &Process) -> Result<()> {
     if process.oom_score_adj.is_none() && process.apparmor_profile.is_none() {
         return Ok(());
     }
@@ -151,7 +151,7 @@ pub fn write_at(dir: &OwnedFd, path: &CStr, text: &str) -> io::Result<()> {
 /// Bounding set, groups, user, and the other capability sets. With `keep_admin`, CAP_SYS_ADMIN
 /// stays until the filter is loaded: without no_new_privs the kernel demands it. So the filter has
 /// to allow only `capset` and `execve`, not the calls made here.
-fn become_user(process: &Process, keep_admin: bool) -> Result<()> {
+pub(crate) fn become_user(process: &Process, keep_admin: bool) -> Result<()> {
     let wanted = &process.capabilities;
     for capability in 0..64 {
         match sys::bounding_has(capability) {

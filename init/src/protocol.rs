@@ -17,6 +17,12 @@
 //!         init  -> Spawned       fds: pidfd of the new process
 //!         init  -> Ready         fds: [terminal master]
 //!         EOF: execve succeeded                     or  init -> Failed, then exit 127
+//! holder  shim  -> Holder        fds: memfd(HolderSetup) [cgroup directory or v1 `tasks` files…]
+//!                                     [namespaces to join…]
+//!         init  -> Spawned       fds: pidfd of the holder
+//!         init  -> Ready
+//!         shim  -> Go
+//!         EOF: it holds the namespaces until it is ended   or  init -> Failed, then exit 127
 //! ```
 //!
 //! Both sides are built from this file, and [`VERSION`] is compared at once, so that a shim and an
@@ -25,7 +31,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Raised by any change to a type of this module.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where the socket directory and the init binary are mounted in the CT until init removes them.
 pub const CT_DIR: &str = "/dev/.proxmox-shim";
@@ -54,6 +60,8 @@ pub enum Request {
     /// Start one more process in a running CT. `cgroup_files` descriptors follow the pidfd:
     /// see [`ExecCgroup`].
     Exec { cgroup: ExecCgroup, cgroup_files: usize, stdio: bool },
+    /// Hold a pod's namespaces. `cgroup_files` descriptors follow the memfd, then `namespaces`.
+    Holder { cgroup: ExecCgroup, cgroup_files: usize, namespaces: usize },
 }
 
 /// How the descriptors of [`Request::Exec`] put the new process into the CT's cgroups.
@@ -123,6 +131,26 @@ pub struct ExecSetup {
     /// `CLONE_NEW*` flags for the one `setns(2)` on the pidfd.
     pub namespaces: u32,
     pub process: Process,
+}
+
+/// What holds a pod's namespaces: a process that executes nothing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HolderSetup {
+    pub version: u32,
+    /// `CLONE_NEW*` flags of the namespaces to make; those to join come as descriptors.
+    pub new_namespaces: u32,
+    /// `sethostname(2)`; only with an own uts namespace.
+    pub hostname: Option<String>,
+    /// `setdomainname(2)`; only with an own uts namespace.
+    pub domainname: Option<String>,
+    /// Bring the loopback interface up: an own, new network namespace.
+    pub loopback_up: bool,
+    /// As in [`ContainerSetup::sysctls`].
+    pub sysctls: Vec<(String, String)>,
+    pub uid: u32,
+    pub gid: u32,
+    pub additional_gids: Vec<u32>,
+    pub oom_score_adj: Option<i32>,
 }
 
 /// A mount, after which nothing of the host's paths is needed.

@@ -751,6 +751,64 @@ pub fn enter_namespaces(process: BorrowedFd<'_>, namespaces: u32) -> io::Result<
     check(unsafe { libc::setns(process.as_raw_fd(), namespaces as c_int) }).map(drop)
 }
 
+/// Joins the namespace that `namespace` is open on, whatever its kind.
+pub fn join_namespace(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: numbers only; one thread.
+    check(unsafe { libc::setns(namespace.as_raw_fd(), 0) }).map(drop)
+}
+
+/// Makes new namespaces (`CLONE_NEW*`); of a pid namespace the next child is the first process.
+pub fn new_namespaces(flags: u32) -> io::Result<()> {
+    // SAFETY: numbers only; one thread.
+    check(unsafe { libc::unshare(flags as c_int) }).map(drop)
+}
+
+/// Makes the working directory, which must be a mount point, the root, with the old root mounted
+/// on it.
+pub fn pivot_root_here() -> io::Result<()> {
+    // SAFETY: both paths are NUL-terminated.
+    check_long(unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) })
+        .map(drop)
+}
+
+/// What `/proc/<pid>/comm` shows; the kernel takes 15 bytes.
+pub fn set_name(name: &CStr) -> io::Result<()> {
+    // SAFETY: `name` is NUL-terminated; the kernel reads at most 16 bytes of it.
+    check(unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) }).map(drop)
+}
+
+fn signal_set(signals: &[c_int]) -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set; sigaddset takes any number.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    }
+}
+
+/// Keeps `signals` pending until [`wait_signal`] takes them, and unblocks all others.
+pub fn block_signals(signals: &[c_int]) -> io::Result<()> {
+    let set = signal_set(signals);
+    // SAFETY: the set is initialised; the old one is not wanted.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()) }).map(drop)
+}
+
+/// Waits for one of `signals`, which must be blocked, and takes it.
+pub fn wait_signal(signals: &[c_int]) -> io::Result<c_int> {
+    let set = signal_set(signals);
+    // SAFETY: the set is initialised; the information is not wanted.
+    check(unsafe { libc::sigwaitinfo(&set, ptr::null_mut()) })
+}
+
+/// Reaps all children that have ended.
+pub fn reap_children() {
+    // SAFETY: the status is not wanted.
+    while unsafe { libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) } > 0 {}
+}
+
 /// Which side of [`clone_sibling`] this is.
 pub enum Cloned {
     /// The new process.

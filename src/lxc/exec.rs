@@ -44,26 +44,9 @@ pub struct Spawned {
 
 /// Runs `binary` (an open file on a mount that the CT can't write to) in exec mode.
 ///
-/// The process that enters the CT is cloned with `CLONE_PARENT`, so that it becomes a child of the
-/// shim, which gets its exact status; the helper itself ends at once.
-///
 /// # Errors
 /// [`Error`]; nothing is left behind.
 pub async fn spawn(binary: &OwnedFd, setup: &ExecSetup, entry: Entry) -> Result<Spawned, Error> {
-    let (ours, theirs) = socket::pair().map_err(Error::Spawn)?;
-    // By descriptor: the path may meanwhile name the binary of another release. The helper finds
-    // its socket on stdin.
-    let mut helper = tokio::process::Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()))
-        .arg0("proxmox-shim-init")
-        .arg("exec")
-        .env_clear()
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(Error::Spawn)?;
-    let session = Session::new(ours)?;
     let request = Request::Exec {
         cgroup: entry.cgroup,
         cgroup_files: entry.cgroup_files.len(),
@@ -72,8 +55,38 @@ pub async fn spawn(binary: &OwnedFd, setup: &ExecSetup, entry: Entry) -> Result<
     let mut fds = vec![memory_file(setup)?, entry.init];
     fds.extend(entry.cgroup_files);
     fds.extend(entry.stdio.into_iter().flatten());
+    through_helper(binary, "exec", &request, fds).await
+}
+
+/// Runs `binary` in a mode that makes one process and ends.
+///
+/// That process is cloned with `CLONE_PARENT`, so that it becomes a child of the shim, which gets its
+/// exact status.
+///
+/// # Errors
+/// [`Error`]; nothing is left behind.
+pub(crate) async fn through_helper(
+    binary: &OwnedFd,
+    mode: &str,
+    request: &Request,
+    fds: Vec<OwnedFd>,
+) -> Result<Spawned, Error> {
+    let (ours, theirs) = socket::pair().map_err(Error::Spawn)?;
+    // By descriptor: the path may meanwhile name the binary of another release. The helper finds
+    // its socket on stdin.
+    let mut helper = tokio::process::Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()))
+        .arg0("proxmox-shim-init")
+        .arg(mode)
+        .env_clear()
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(Error::Spawn)?;
+    let session = Session::new(ours)?;
     let spawned = async {
-        session.send(&request, fds).await?;
+        session.send(request, fds).await?;
         match session.receive("the process existed").await? {
             (Reply::Spawned { pid }, mut fds) => match fds.pop() {
                 Some(pidfd) => Ok((pid, pidfd)),
@@ -103,6 +116,12 @@ pub async fn spawn(binary: &OwnedFd, setup: &ExecSetup, entry: Entry) -> Result<
 }
 
 impl Spawned {
+    /// Its pid, its pidfd and the conversation with it.
+    #[must_use]
+    pub(crate) fn into_parts(self) -> (i32, OwnedFd, Session) {
+        (self.pid, self.pidfd, self.session)
+    }
+
     /// The terminal's master, if the process asked for one.
     ///
     /// # Errors

@@ -35,11 +35,11 @@ use crate::task::view::{INIT, ProcessView, View};
 use crate::task::{Environment, hooks, teardown};
 
 /// How many calls may queue for one container; more wait for their turn.
-const INBOX: usize = 64;
+pub(super) const INBOX: usize = 64;
 /// Output that a grandchild keeps open is waited for no longer, as with runc's shim.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-type Reply<T> = oneshot::Sender<Result<T>>;
+pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// What the actor can be asked to do. `exec_id` is [`INIT`] for the init process.
 #[derive(Debug)]
@@ -71,6 +71,16 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// Of an actor that listens at the other ends.
+    #[must_use]
+    pub(super) fn new(
+        commands: mpsc::Sender<Command>,
+        view: watch::Receiver<View>,
+        bundle: PathBuf,
+    ) -> Self {
+        Self { commands, view, bundle }
+    }
+
     /// Of a container without an actor.
     #[cfg(test)]
     pub(crate) fn for_test(view: watch::Receiver<View>) -> Self {
@@ -787,11 +797,11 @@ fn killed() -> Ended {
 }
 
 /// The client may have gone; then nobody needs the answer.
-fn answer<T>(reply: Reply<T>, result: Result<T>) {
+pub(super) fn answer<T>(reply: Reply<T>, result: Result<T>) {
     let _ = reply.send(result);
 }
 
-fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
+pub(super) fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
     match pidfd::send_signal(pidfd.as_fd(), signal) {
         Ok(()) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(Error::Finished),

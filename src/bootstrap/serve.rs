@@ -149,13 +149,15 @@ fn set_up(
         let _inside = runtime.enter();
         Outbox::new(Settings::new(handover.ttrpc_address, namespace.clone()))
     };
-    Ok((runtime, Prepared { config: Arc::new(config), namespace, events }))
+    let id = target.id.to_string();
+    Ok((runtime, Prepared { config: Arc::new(config), namespace, id, events }))
 }
 
 /// What the service will be made of.
 struct Prepared {
     config: Arc<config::Config>,
     namespace: String,
+    id: String,
     events: Outbox,
 }
 
@@ -188,8 +190,8 @@ async fn serve(
 ) -> Result<(), Failure> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
-    let Prepared { config, namespace, events } = prepared;
-    let environment = task::Environment::prepare(config, namespace, events.clone());
+    let Prepared { config, namespace, id, events } = prepared;
+    let environment = task::Environment::prepare(config, namespace, id, events.clone());
     let environment = timeout(PREPARE_LIMIT, environment)
         .await
         .map_err(|_| Failure::PrepareSlow)?

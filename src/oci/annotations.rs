@@ -14,6 +14,12 @@ pub(super) fn read(spec: &Document) -> Result<BTreeMap<String, String>, Error> {
     Ok(spec.read("annotations")?.unwrap_or_default())
 }
 
+/// By the annotation that CRI implementations write for runtimes that must tell the two apart.
+pub(super) fn is_pod_sandbox(spec: &Document) -> Result<bool, Error> {
+    let annotations = read(spec)?;
+    Ok(annotations.get("io.kubernetes.cri.container-type").is_some_and(|kind| kind == "sandbox"))
+}
+
 pub(super) fn image(spec: &Document) -> Result<Option<String>, Error> {
     let annotations = read(spec)?;
     Ok(IMAGE_NAMES

@@ -52,6 +52,20 @@ pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 /// # Errors
 /// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan()`].
 pub fn load(bundle: &Path) -> Result<Plan, Error> {
+    let json = read(bundle)?;
+    let host = Host::probe().map_err(|source| Error::Probe { source })?;
+    plan(&json, bundle, &host)
+}
+
+/// Whether the bundle's container is the sandbox of a Kubernetes pod.
+///
+/// # Errors
+/// As [`load`].
+pub fn is_pod_sandbox(bundle: &Path) -> Result<bool, Error> {
+    annotations::is_pod_sandbox(&Document::parse(&read(bundle)?)?)
+}
+
+fn read(bundle: &Path) -> Result<Vec<u8>, Error> {
     let path = bundle.join("config.json");
     let read = |path: &Path| {
         let mut json = Vec::new();
@@ -59,11 +73,10 @@ pub fn load(bundle: &Path) -> Result<Plan, Error> {
         Ok(json)
     };
     let json = read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    if json.len() as u64 > MAX_SPEC_BYTES {
-        return Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES });
+    match json.len() as u64 > MAX_SPEC_BYTES {
+        true => Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES }),
+        false => Ok(json),
     }
-    let host = Host::probe().map_err(|source| Error::Probe { source })?;
-    plan(&json, bundle, &host)
 }
 
 /// Translates an OCI runtime specification. `bundle` is what relative host paths refer to.

@@ -4,6 +4,7 @@
 
 pub mod command;
 pub mod mount;
+pub mod namespace;
 pub mod pidfd;
 pub mod pipe;
 pub mod socket;

@@ -1,7 +1,7 @@
 //! Makes a container: from containerd's request to an init that waits for its start.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ use crate::oci::{self, Host};
 use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
 use crate::pve::{self, Upid};
+use crate::sandbox::namespace::Joined;
+use crate::sandbox::pod;
 use crate::sys;
 use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
@@ -86,26 +88,11 @@ pub async fn create(
     request: Arc<CreateRequest>,
     cancel: CancellationToken,
 ) -> Result<Created> {
-    let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
-    // Not undone: what exists under this name belongs to another container.
-    let make = || {
-        let dir = dir.clone();
-        blocking(move || Ok(dir.create()?))
-    };
-    match make().await {
-        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
-            let limit = request.config.proxmox.task_timeout;
-            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit)
-                .await?
-            {
-                return Err(exists);
-            }
-            make().await?;
-        }
-        result => result?,
-    }
+    let dir =
+        make_run_dir(&request.pve, &request.config, &env.namespace, &request.id, &request.bundle)
+            .await?;
     let mut building =
-        Building { record: Record::new(request.bundle.clone()), dir, env, request, cancel };
+        Building { record: env.record(request.bundle.clone()), dir, env, request, cancel };
     match building.build().await {
         Ok(created) => Ok(created),
         Err(error) => {
@@ -120,6 +107,36 @@ pub async fn create(
             Err(error.and_cleanup(cleanup))
         }
     }
+}
+
+/// Makes the run directory, in the place of that of an earlier container of this id that was left
+/// behind.
+///
+/// # Errors
+/// Not to be undone: what exists under this name belongs to another container.
+pub(super) async fn make_run_dir(
+    pve: &pve::Client,
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    bundle: &Path,
+) -> Result<RunDir> {
+    let dir = RunDir::new(&config.paths.run_dir, namespace, id);
+    let make = || {
+        let dir = dir.clone();
+        blocking(move || Ok(dir.create()?))
+    };
+    match make().await {
+        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
+            let limit = config.proxmox.task_timeout;
+            if !teardown::remove_orphan(pve, &dir, id, bundle, limit).await? {
+                return Err(exists);
+            }
+            make().await?;
+        }
+        result => result?,
+    }
+    Ok(dir)
 }
 
 /// What has been made so far.
@@ -140,6 +157,9 @@ impl Building {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
         self.save().await?;
+        let namespaces = plan.namespaces.clone();
+        let joined = blocking(move || Ok(Joined::open(&namespaces).map_err(pod::Error::from)?));
+        let joined = joined.await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
         blocking(move || Ok(rootfs::mount(&mounts, &target)?)).await?;
@@ -162,6 +182,7 @@ impl Building {
         let (cgroup, namespaces) = {
             let (dir, resources) = (self.dir.clone(), plan.resources.clone());
             blocking(move || {
+                joined.verify(pid).map_err(pod::Error::from)?;
                 let cgroup = Cgroup::of_process(pid)?;
                 if let Some(memory) = cgroup.memory_dir() {
                     dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ttrpc::Code;
 
 use crate::pve::conf::ClaimError;
+use crate::sandbox::{namespace, pod};
 use crate::task::phase::Illegal;
 use crate::{config, ledger, lxc, oci, pve};
 
@@ -82,6 +83,9 @@ pub enum Error {
     /// The process's stdio could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::task::stdio::Error),
+    /// A pod sandbox could not be made, or its namespaces can't be joined.
+    #[error(transparent)]
+    Sandbox(#[from] pod::Error),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] crate::task::hooks::Error),
@@ -124,6 +128,7 @@ impl Error {
             },
             Self::Ledger(ledger::Error::Exists { .. }) => Code::ALREADY_EXISTS,
             Self::StartTimeout { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Sandbox(error) => sandbox_code(error),
             Self::ShuttingDown => Code::UNAVAILABLE,
             Self::Ledger(_)
             | Self::LxcConfig(_)
@@ -147,6 +152,23 @@ impl Error {
             Ok(()) => self,
             Err(cleanup) => Self::Both { first: Box::new(self), cleanup: Box::new(cleanup) },
         }
+    }
+}
+
+fn sandbox_code(error: &pod::Error) -> Code {
+    match error {
+        pod::Error::Namespace(error) => match error {
+            namespace::Error::Gone { .. } | namespace::Error::Changed { .. } => {
+                Code::FAILED_PRECONDITION
+            }
+            namespace::Error::Other { .. } => Code::INVALID_ARGUMENT,
+            namespace::Error::Open { .. } => Code::UNKNOWN,
+        },
+        pod::Error::ShuttingDown => Code::UNAVAILABLE,
+        pod::Error::Holder(_)
+        | pod::Error::Cgroup(_)
+        | pod::Error::Ledger(_)
+        | pod::Error::SharedMemory { .. } => Code::UNKNOWN,
     }
 }
 

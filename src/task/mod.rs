@@ -2,7 +2,7 @@
 //!
 //! Flow: [`service`] turns a request into a [`container::Command`]; the actor in [`container`]
 //! moves the container through the [`phase`] table, with [`create`] and [`teardown`] for the long
-//! ways there and back; [`view`] is what everybody may read meanwhile.
+//! ways there and back; [`sandbox`] is the actor of a task that is a pod sandbox; [`view`] is what everybody may read meanwhile.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::events::Outbox;
+use crate::ledger::Record;
 use crate::lxc::detached;
 use crate::oci::Host;
 use crate::pve;
@@ -21,6 +22,7 @@ pub mod error;
 pub mod hooks;
 pub mod phase;
 pub mod registry;
+pub mod sandbox;
 pub mod service;
 pub mod stdio;
 pub mod teardown;
@@ -36,6 +38,8 @@ pub struct Environment {
     pub events: Outbox,
     /// containerd's.
     pub namespace: String,
+    /// The container that the shim was started for.
+    pub id: String,
     pub host: Arc<Host>,
     /// The init binary's path on the host.
     pub init_path: PathBuf,
@@ -49,7 +53,12 @@ impl Environment {
     ///
     /// # Errors
     /// The configuration's, the token's or Proxmox's.
-    pub async fn prepare(config: Arc<Config>, namespace: String, events: Outbox) -> Result<Self> {
+    pub async fn prepare(
+        config: Arc<Config>,
+        namespace: String,
+        id: String,
+        events: Outbox,
+    ) -> Result<Self> {
         let pve = pve::Client::new(&config)?;
         let checked = pve.check();
         let init_path = config.init_path()?;
@@ -67,10 +76,18 @@ impl Environment {
             pve: Arc::new(pve),
             events,
             namespace,
+            id,
             host: Arc::new(host),
             init_path,
             init,
         })
+    }
+
+    /// The record of a container of this shim.
+    fn record(&self, bundle: PathBuf) -> Record {
+        let mut record = Record::new(bundle);
+        record.shim = Some(self.id.clone());
+        record
     }
 
     fn stdio_context(&self, id: &str, exec_id: Option<&str>, bundle: &Path) -> stdio::Context {

@@ -15,6 +15,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::config::{Config, ConfigError, RuntimeOptions};
 use crate::lxc::exit::Exit;
 use crate::lxc::rootfs::RootfsMount;
+use crate::oci;
 use crate::pve;
 use crate::task::Environment;
 use crate::task::blocking;
@@ -23,6 +24,7 @@ use crate::task::create::CreateRequest;
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
 use crate::task::registry::Registry;
+use crate::task::sandbox;
 use crate::task::stdio::StdioRequest;
 use crate::task::teardown;
 use crate::task::view::{INIT, ProcessView, View};
@@ -68,6 +70,8 @@ impl Service {
             });
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
+        let bundle = PathBuf::from(&request.bundle);
+        let is_sandbox = blocking(move || Ok(oci::is_pod_sandbox(&bundle)?)).await?;
         let id = request.id.clone();
         let create = CreateRequest {
             id: request.id,
@@ -82,9 +86,10 @@ impl Service {
             config,
             pve,
         };
+        let spawn = if is_sandbox { sandbox::spawn } else { container::spawn };
         let created = self
             .containers
-            .add(&id, |registration| container::spawn(self.env.clone(), create, registration))?;
+            .add(&id, |registration| spawn(self.env.clone(), create, registration))?;
         created.await.unwrap_or(Err(Error::ShuttingDown))
     }
 

@@ -9,6 +9,7 @@
 //! All functions that are not `async` block, for microseconds as a rule; lowering a memory limit may
 //! block for as long as the kernel reclaims memory.
 
+mod create;
 mod hierarchy;
 mod limits;
 mod metrics;
@@ -41,6 +42,9 @@ pub enum Error {
     /// The kernel refused a value.
     #[error("write {value:?} to {}: {}", path.display(), describe(source))]
     Write { path: PathBuf, value: String, source: io::Error },
+    /// A directory could not be made.
+    #[error("make cgroup {}: {}", path.display(), describe(source))]
+    Create { path: PathBuf, source: io::Error },
     /// A directory could not be removed.
     #[error("remove cgroup {}: {}", path.display(), describe(source))]
     Remove { path: PathBuf, source: io::Error },

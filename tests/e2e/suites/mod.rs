@@ -13,6 +13,7 @@ mod fallback;
 mod limits;
 mod oci;
 mod parallel;
+mod pods;
 mod proxmox;
 mod restart;
 mod run;
@@ -93,6 +94,7 @@ pub fn all() -> Vec<Case> {
         delete::cases,
         config::cases,
         proxmox::cases,
+        pods::cases,
         parallel::cases,
         secrets::cases,
     ];

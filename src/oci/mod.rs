@@ -115,6 +115,7 @@ pub fn plan(spec_json: &[u8], bundle: &Path, host: &Host) -> Result<Plan, Error>
         cgroups_path: cgroup::path(&spec)?,
         hooks: hooks::read(&spec)?,
         image: annotations::image(&spec)?,
+        pod: annotations::pod(&spec)?,
         annotations: annotations::read(&spec)?,
         oci_version: spec.string("ociVersion")?.unwrap_or_else(|| "1.0.0".to_owned()),
         warnings,

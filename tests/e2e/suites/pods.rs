@@ -31,6 +31,8 @@ cases!("pods":
     a_crash_leaves_no_sandbox,
     a_sandbox_that_is_given_up_leaves_nothing,
     hooks_of_a_sandbox_run,
+    proxmox_shows_the_pods_names,
+    hostile_names_stay_in_their_places,
 );
 
 const GROUP: &str = "io.containerd.runc.v2.group";
@@ -632,4 +634,66 @@ fn hooks_of_a_sandbox_run(t: &Test) {
         assert!(name == "poststop" || line.contains(&format!("\"pid\":{pid},")), "{line}");
     }
     driver.remove_bundle(&id);
+}
+
+/// A member with these annotations beside its own, created and removed; what Proxmox showed of it.
+fn shown(t: &Test, name: &str, annotations: &[(&str, &str)]) -> (String, String) {
+    let driver = t.driver();
+    let id = t.id(name);
+    let mut spec = driver.spec(&id, &IDLE);
+    for (key, value) in annotations {
+        spec["annotations"][format!("io.kubernetes.cri.{key}")] = json!(value);
+    }
+    let shim = driver.start(&id, &spec);
+    shim.create(&Stdio3::default()).expect("create");
+    let text = {
+        let pve = t.node.pve();
+        let vmid = pve.vmid_of(&id).expect("it is a CT");
+        let all = pve.configurations();
+        let description = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+        let notes = description["description"].as_str().expect("notes").to_owned();
+        (all.into_iter().find(|(found, _)| *found == vmid).expect("it has a file").1, notes)
+    };
+    shim.finish();
+    driver.remove_bundle(&id);
+    text
+}
+
+fn proxmox_shows_the_pods_names(t: &Test) {
+    let names = [
+        ("sandbox-id", "s"),
+        ("sandbox-name", "web-5d8f"),
+        ("sandbox-namespace", "Shop"),
+        ("sandbox-uid", "0b3c"),
+        ("container-name", "nginx"),
+        ("image-name", "docker.io/library/nginx:1"),
+    ];
+    let (config, notes) = shown(t, "named", &names);
+    assert!(config.contains("\nhostname: web-5d8f-nginx\n"), "{config}");
+    let tags = config.lines().find_map(|line| line.strip_prefix("tags: ")).expect("tags");
+    let tags: Vec<_> = tags.split(';').collect();
+    for tag in ["containerd", "shop", "web-5d8f"] {
+        assert!(tags.contains(&tag), "{tags:?}");
+    }
+    let words =
+        "pod: web-5d8f\npod namespace: Shop\npod uid: 0b3c\ncontainer: nginx\nimage: docker.io/";
+    assert!(notes.contains(words), "{notes}");
+}
+
+fn hostile_names_stay_in_their_places(t: &Test) {
+    let long = "x".repeat(64 << 10);
+    let line =
+        "a\ncontainerd-shim-proxmox: v1 install=0\r\nlxc.hook.pre-start = /bin/false\u{2028}";
+    let names = [
+        ("sandbox-name", line),
+        ("sandbox-namespace", &long),
+        ("sandbox-uid", line),
+        ("container-name", &long),
+        ("image-name", line),
+    ];
+    let (config, notes) = shown(t, "hostile", &names);
+    assert!(config.len() < 8 << 10, "{}", config.len());
+    let starting = |text: &str, start: &str| text.lines().filter(|l| l.starts_with(start)).count();
+    assert_eq!(starting(&config, "lxc.hook"), 0, "{config}");
+    assert_eq!(starting(&notes, "containerd-shim-proxmox:"), 1, "{notes}");
 }

@@ -305,6 +305,9 @@ impl Building {
         let cgroups = self.record.cgroups.clone();
         blocking(move || {
             dir.write(&dir.lxc_conf(), text.as_bytes())?;
+            if let Some(container) = cgroups.first() {
+                cgroup::pass_cpuset_on(container)?;
+            }
             // Proxmox's pre-start hook would do it, but the include clears that hook.
             Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
         })

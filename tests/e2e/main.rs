@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
+    harness::sys::enter_own_network();
     // The message and its place; a backtrace through the harness says nothing more.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     harness::sys::on_termination(move |signal| {

@@ -61,6 +61,24 @@ impl Cgroup {
     }
 }
 
+/// Has what liblxc makes for a CT inherit its cpuset: on cgroup v1 it sees to that only at the top of
+/// a path, and the kubelet, which makes the middle of it, does not.
+///
+/// # Errors
+/// [`Error::BadPath`], [`Error::Write`].
+pub fn pass_cpuset_on(container: &str) -> Result<(), Error> {
+    let container = relative(container)?;
+    for hierarchy in Hierarchies::detect()?.iter().filter(|hierarchy| hierarchy.has("cpuset")) {
+        let Some(directory) = hierarchy.directory(&format!("/{container}")) else { continue };
+        let mut above = directory.ancestors().skip(1);
+        let nearest = above.find(|path| path.is_dir() || *path == hierarchy.mountpoint);
+        if let Some(nearest) = nearest.filter(|path| *path != hierarchy.mountpoint) {
+            write(&nearest.join("cgroup.clone_children"), "1")?;
+        }
+    }
+    Ok(())
+}
+
 fn make(parent: &Path, directory: &Path, kind: &Kind) -> Result<(), Error> {
     if *kind == Kind::V2 {
         pass_controllers_on(parent);

@@ -26,6 +26,7 @@ use nix::errno::Errno;
 use nix::libc;
 use proxmox_shim_init::protocol::ExecCgroup;
 
+pub use create::pass_cpuset_on;
 pub(crate) use hierarchy::unescape;
 pub use hierarchy::{Hierarchies, Hierarchy, Kind, Membership, Mode};
 pub use oom::OomWatch;

@@ -5,6 +5,7 @@ use crate::harness::test::Test;
 
 mod config;
 mod crash;
+mod cri;
 mod delete;
 mod events;
 mod exec;
@@ -79,6 +80,7 @@ pub(crate) use own_node;
 /// All cases. Those with a node of their own come first: they take longest.
 pub fn all() -> Vec<Case> {
     let suites = [
+        cri::cases,
         restart::cases,
         crash::cases,
         fallback::cases,

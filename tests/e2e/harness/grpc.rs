@@ -130,7 +130,7 @@ pub fn call(
     frame.extend_from_slice(&(message.0.len() as u32).to_be_bytes());
     frame.extend_from_slice(&message.0);
     let mut command = Command::new("curl");
-    command.args(["--silent", "--show-error", "--max-time", "50", "--http2-prior-knowledge"]);
+    command.args(["--silent", "--show-error", "--max-time", "170", "--http2-prior-knowledge"]);
     command.args(["--noproxy", "*", "--dump-header", "/dev/stderr", "--data-binary", "@-"]);
     command.args(["-H", "content-type: application/grpc", "-H", "te: trailers"]);
     command.arg("-H").arg(format!("containerd-namespace: {namespace}"));

@@ -23,6 +23,7 @@ own_node!("cri", Options { cri: Some("podsandbox"), ..Options::default() };
     security_contexts_are_applied,
     namespaces_are_shared_as_asked,
     pods_survive_restarts_of_containerd,
+    thirty_pods_come_and_go_twice,
 );
 
 /// Removes all pods; nothing of them may be left.
@@ -446,4 +447,35 @@ fn pods_survive_restarts_of_containerd(t: &Test) {
     assert_eq!(cri.output(&late, "hostname"), "survivor");
     assert_eq!(t.node.shims("").len(), 1);
     finish(&cri);
+}
+
+/// 30 pods of 3 containers each, all at once, and again.
+fn thirty_pods_come_and_go_twice(t: &Test) {
+    let cri = Cri { node: &t.node };
+    for round in 0..2 {
+        std::thread::scope(|scope| {
+            let pods: Vec<_> = (0..30)
+                .map(|number| {
+                    let cri = &cri;
+                    scope.spawn(move || {
+                        let pod = Pod::new(cri.node, &format!("load-{round}-{number}"));
+                        let id = cri.run_pod(&pod);
+                        let containers = ["one", "two", "three"]
+                            .map(|name| cri.run(&id, &pod, &Container::idle(name)));
+                        for container in &containers {
+                            assert_eq!(cri.output(container, "hostname"), pod.name);
+                        }
+                        cri.stop(&containers[0], 5);
+                        assert_eq!(cri.status(&containers[0]).exit_code, 0);
+                        // With the other two still running.
+                        cri.remove_pod(&id);
+                    })
+                })
+                .collect();
+            for pod in pods {
+                pod.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            }
+        });
+        finish(&cri);
+    }
 }

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use log::LevelFilter;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -23,7 +24,7 @@ use super::Target;
 use super::handover::{self, COMMITTED, Handover, Readiness};
 use super::socket::Owned;
 use crate::events::{Outbox, Settings};
-use crate::{config, log_fifo, task};
+use crate::{config, log_fifo, sandbox, task};
 
 /// How long `start` may be kept waiting for the configuration's and the node's check.
 const PREPARE_LIMIT: Duration = Duration::from_secs(10);
@@ -198,10 +199,13 @@ async fn serve(
         .map_err(|error| Failure::Prepare(task::sentence(&error)))?;
     let service = task::Service::new(environment);
 
+    let (environment, containers) = service.parts();
+    let sandbox = sandbox::service::Service::new(environment, containers);
     let listener = Listener::try_from(listener).map_err(system("listen on the shim's socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(both_versions(|| create_task(service.clone())));
+        .register_service(both_versions(|| create_task(service.clone())))
+        .register_service(create_sandbox(sandbox));
     server.start().await?;
     handover::send(&channel, &Readiness::Ok(()))
         .map_err(system("tell the start action that the shim is ready"))?;

@@ -11,6 +11,17 @@ use super::plan::Pod;
 const IMAGE_NAMES: [&str; 2] =
     ["io.kubernetes.cri.image-name", "io.kubernetes.cri.podsandbox.image-name"];
 
+/// What a container is to Kubernetes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A pod's sandbox.
+    Sandbox,
+    /// One of a pod's containers.
+    Member,
+    /// Of no pod.
+    Alone,
+}
+
 pub(super) fn read(spec: &Document) -> Result<BTreeMap<String, String>, Error> {
     Ok(spec.read("annotations")?.unwrap_or_default())
 }
@@ -28,10 +39,15 @@ pub(super) fn pod(spec: &Document) -> Result<Option<Pod>, Error> {
     }))
 }
 
-/// By the annotation that CRI implementations write for runtimes that must tell the two apart.
-pub(super) fn is_pod_sandbox(spec: &Document) -> Result<bool, Error> {
+/// By the annotation that CRI implementations write for runtimes that must tell them apart.
+pub(super) fn role(spec: &Document) -> Result<Role, Error> {
     let annotations = read(spec)?;
-    Ok(annotations.get("io.kubernetes.cri.container-type").is_some_and(|kind| kind == "sandbox"))
+    let role = annotations.get("io.kubernetes.cri.container-type").map(String::as_str);
+    Ok(match role {
+        Some("sandbox") => Role::Sandbox,
+        Some("container") => Role::Member,
+        _ => Role::Alone,
+    })
 }
 
 pub(super) fn image(spec: &Document) -> Result<Option<String>, Error> {
@@ -72,10 +88,10 @@ mod tests {
 
     #[test]
     fn only_the_annotation_makes_a_pod_sandbox() {
-        let read = |json: &str| is_pod_sandbox(&Document::parse(json.as_bytes()).unwrap()).unwrap();
-        assert!(read(include_str!("fixtures/kubernetes-sandbox.json")));
-        assert!(!read(include_str!("fixtures/kubernetes-container.json")));
-        assert!(!read("{}"));
+        let read = |json: &str| role(&Document::parse(json.as_bytes()).unwrap()).unwrap();
+        assert_eq!(read(include_str!("fixtures/kubernetes-sandbox.json")), Role::Sandbox);
+        assert_eq!(read(include_str!("fixtures/kubernetes-container.json")), Role::Member);
+        assert_eq!(read("{}"), Role::Alone);
     }
 
     #[test]

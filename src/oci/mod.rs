@@ -34,9 +34,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+pub use annotations::Role;
 pub use error::Error;
 pub use fields::{FIELDS, Field, Verdict};
-pub use host::{Cgroups, Host};
+pub use host::{Cgroups, Host, is_placeholder};
 pub use process::Exec;
 pub use resources::update;
 
@@ -57,12 +58,23 @@ pub fn load(bundle: &Path) -> Result<Plan, Error> {
     plan(&json, bundle, &host)
 }
 
-/// Whether the bundle's container is the sandbox of a Kubernetes pod.
+/// As [`load`], for a container of a Kubernetes pod: [placeholders](is_placeholder) stay paths, for the
+/// caller to replace.
 ///
 /// # Errors
 /// As [`load`].
-pub fn is_pod_sandbox(bundle: &Path) -> Result<bool, Error> {
-    annotations::is_pod_sandbox(&Document::parse(&read(bundle)?)?)
+pub fn load_member(bundle: &Path) -> Result<Plan, Error> {
+    let json = read(bundle)?;
+    let host = Host::probe().map_err(|source| Error::Probe { source })?;
+    plan(&json, bundle, &host.with_placeholders())
+}
+
+/// What a bundle's container is to Kubernetes.
+///
+/// # Errors
+/// As [`load`].
+pub fn role(bundle: &Path) -> Result<Role, Error> {
+    annotations::role(&Document::parse(&read(bundle)?)?)
 }
 
 fn read(bundle: &Path) -> Result<Vec<u8>, Error> {

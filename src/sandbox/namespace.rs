@@ -152,6 +152,12 @@ fn open(kind: Kind, path: &Path) -> Result<File, Error> {
     }
 }
 
+/// Whether any namespace is at the path.
+#[must_use]
+pub fn is_namespace(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| sys::namespace::kind(file.as_fd()).is_ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

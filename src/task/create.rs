@@ -24,7 +24,7 @@ use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
 use crate::pve::{self, Upid};
 use crate::sandbox::namespace::Joined;
-use crate::sandbox::pod;
+use crate::sandbox::{member, pod};
 use crate::sys;
 use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
@@ -48,6 +48,8 @@ pub struct CreateRequest {
     /// The configuration of this container.
     pub config: Arc<Config>,
     pub pve: Arc<pve::Client>,
+    /// What the container is to Kubernetes.
+    pub role: oci::Role,
 }
 
 /// A container whose init waits for its start.
@@ -114,7 +116,7 @@ pub async fn create(
 ///
 /// # Errors
 /// Not to be undone: what exists under this name belongs to another container.
-pub(super) async fn make_run_dir(
+pub(crate) async fn make_run_dir(
     pve: &pve::Client,
     config: &Config,
     namespace: &str,
@@ -151,8 +153,7 @@ struct Building {
 impl Building {
     async fn build(&mut self) -> Result<Created> {
         let request = self.request.clone();
-        let bundle = request.bundle.clone();
-        let plan = blocking(move || Ok(oci::load(&bundle)?)).await?;
+        let plan = self.plan().await?;
         for warning in &plan.warnings {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
@@ -227,6 +228,21 @@ impl Building {
         })
         .await??;
         Ok(Created { ct, session: connected.session, stdio })
+    }
+
+    async fn plan(&self) -> Result<Plan> {
+        let bundle = self.request.bundle.clone();
+        let shared = self.env.sandbox.get();
+        let is_member = shared.is_some() || self.request.role == oci::Role::Member;
+        if !is_member {
+            return blocking(move || Ok(oci::load(&bundle)?)).await;
+        }
+        let mut plan = blocking(move || Ok(oci::load_member(&bundle)?)).await?;
+        match shared {
+            Some(shared) => shared.join(&mut plan)?,
+            None => member::refuse_placeholders(&plan.namespaces)?,
+        }
+        Ok(plan)
     }
 
     async fn save(&self) -> Result<()> {

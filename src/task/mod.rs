@@ -14,6 +14,7 @@ use crate::ledger::Record;
 use crate::lxc::detached;
 use crate::oci::Host;
 use crate::pve;
+use crate::sandbox::member;
 
 pub mod container;
 pub mod create;
@@ -41,6 +42,8 @@ pub struct Environment {
     /// The container that the shim was started for.
     pub id: String,
     pub host: Arc<Host>,
+    /// What the shim's pod shares, if the Sandbox service holds it.
+    pub sandbox: member::Slot,
     /// The init binary's path on the host.
     pub init_path: PathBuf,
     /// The init binary, open on a mount of its own that nobody can write to.
@@ -78,13 +81,14 @@ impl Environment {
             namespace,
             id,
             host: Arc::new(host),
+            sandbox: member::Slot::default(),
             init_path,
             init,
         })
     }
 
     /// The record of a container of this shim.
-    fn record(&self, bundle: PathBuf) -> Record {
+    pub(crate) fn record(&self, bundle: PathBuf) -> Record {
         let mut record = Record::new(bundle);
         record.shim = Some(self.id.clone());
         record
@@ -101,7 +105,7 @@ impl Environment {
 }
 
 /// Runs what may block for a moment (files, mounts) away from the runtime's thread.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::ShuttingDown)?

@@ -41,6 +41,12 @@ impl Service {
         Arc::new(Self { env: Arc::new(env), containers: Arc::default() })
     }
 
+    /// What the Sandbox service shares with this one.
+    #[must_use]
+    pub fn parts(&self) -> (Arc<Environment>, Arc<Registry>) {
+        (self.env.clone(), self.containers.clone())
+    }
+
     /// Resolves when containerd has asked the shim to end and no task is left.
     pub async fn finished(&self) {
         self.containers.finished().await;
@@ -71,7 +77,7 @@ impl Service {
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
         let bundle = PathBuf::from(&request.bundle);
-        let is_sandbox = blocking(move || Ok(oci::is_pod_sandbox(&bundle)?)).await?;
+        let role = blocking(move || Ok(oci::role(&bundle)?)).await?;
         let id = request.id.clone();
         let create = CreateRequest {
             id: request.id,
@@ -85,8 +91,9 @@ impl Service {
             },
             config,
             pve,
+            role,
         };
-        let spawn = if is_sandbox { sandbox::spawn } else { container::spawn };
+        let spawn = if role == oci::Role::Sandbox { sandbox::spawn } else { container::spawn };
         let created = self
             .containers
             .add(&id, |registration| spawn(self.env.clone(), create, registration))?;

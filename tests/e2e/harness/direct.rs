@@ -358,8 +358,22 @@ impl Shim {
         Req: containerd_shim_protos::protobuf::Message,
         Res: containerd_shim_protos::protobuf::Message,
     {
+        self.call_service(self.service, method, message)
+    }
+
+    /// One call of any service of the shim.
+    pub fn call_service<Req, Res>(
+        &self,
+        service: &str,
+        method: &str,
+        message: &Req,
+    ) -> Result<Res, Refusal>
+    where
+        Req: containerd_shim_protos::protobuf::Message,
+        Res: containerd_shim_protos::protobuf::Message,
+    {
         let mut request = Request::new();
-        request.service = self.service.to_owned();
+        request.service = service.to_owned();
         request.method = method.to_owned();
         request.payload = message.write_to_bytes().expect("encode the request");
         request.timeout_nano = self.patience.as_nanos().try_into().unwrap_or(i64::MAX);

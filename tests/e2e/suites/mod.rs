@@ -18,6 +18,7 @@ mod pods;
 mod proxmox;
 mod restart;
 mod run;
+mod sandbox;
 mod secrets;
 mod signals;
 mod stdio;
@@ -97,6 +98,7 @@ pub fn all() -> Vec<Case> {
         config::cases,
         proxmox::cases,
         pods::cases,
+        sandbox::cases,
         parallel::cases,
         secrets::cases,
     ];

@@ -36,13 +36,13 @@ cases!("pods":
 );
 
 const GROUP: &str = "io.containerd.runc.v2.group";
-const IDLE: [&str; 3] = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
+pub const IDLE: [&str; 3] = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
 
 /// A network namespace as CNI would have made it; it ends with this value.
-struct Netns(Child);
+pub struct Netns(Child);
 
 impl Netns {
-    fn new() -> Netns {
+    pub fn new() -> Netns {
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 1000"]);
         let mut child = command.stdout(Stdio::piped()).spawn().expect("run unshare");
@@ -52,7 +52,7 @@ impl Netns {
         Netns(child)
     }
 
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         format!("/proc/{}/ns/net", self.0.id())
     }
 }
@@ -64,11 +64,11 @@ impl Drop for Netns {
     }
 }
 
-fn namespace(pid: u32, kind: &str) -> String {
+pub fn namespace(pid: u32, kind: &str) -> String {
     fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("read a namespace").display().to_string()
 }
 
-fn own_namespace(kind: &str) -> String {
+pub fn own_namespace(kind: &str) -> String {
     namespace(std::process::id(), kind)
 }
 
@@ -117,7 +117,7 @@ fn start_sandbox(driver: &Driver, id: &str, network: &Netns) -> (Shim, u32) {
 }
 
 /// Output of a command in a member.
-fn exec(t: &Test, member: &Shim, name: &str, script: &str) -> (u32, String) {
+pub fn exec(t: &Test, member: &Shim, name: &str, script: &str) -> (u32, String) {
     let log = t.file(&format!("{}-{name}.out", member.id));
     let uri = format!("file://{log}");
     let io = Stdio3 { stdout: uri.clone(), stderr: uri, ..Stdio3::default() };
@@ -131,7 +131,7 @@ fn exec(t: &Test, member: &Shim, name: &str, script: &str) -> (u32, String) {
 }
 
 #[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T, Refusal>, name: &str, words: &str) {
+pub fn refused<T: std::fmt::Debug>(result: Result<T, Refusal>, name: &str, words: &str) {
     let refusal = result.expect_err("it must be refused");
     assert_eq!(refusal.code, code(name), "{refusal:?}");
     assert!(refusal.message.contains(words), "{refusal:?} does not say {words:?}");

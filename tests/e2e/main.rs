@@ -15,7 +15,7 @@ use suites::Needs;
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let setting = Setting::from_environment();
-    let cases = suites::all();
+    let cases = suites::all(&setting);
     if arguments.list {
         let name = |case: &suites::Case| format!("{}::{}", case.suite, case.name);
         let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));

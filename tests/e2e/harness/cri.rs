@@ -3,6 +3,7 @@
 //! Source of the field numbers: Kubernetes' `cri-api/pkg/apis/runtime/v1/api.proto`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::grpc::{Failure, Message, find, number_in, strings_in};
@@ -18,7 +19,7 @@ pub const TARGET: u64 = 3;
 /// The configuration of a containerd that serves CRI: the shipped file, and what belongs to this node.
 pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
     let root = node.root.display();
-    let (major, _) = node.version();
+    let (major, _) = node.setting.version();
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join(format!("shim-config/containerd-{}.toml", major.min(2)));
     let shipped = fs::read_to_string(shipped).expect("read the shipped configuration");
@@ -26,8 +27,8 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
     let mut runtime = String::new();
     for line in shipped.lines() {
         let line = match line.trim_start().strip_prefix('#') {
-            Some(option) if option.starts_with(['[']) => option,
-            Some(option) if option.starts_with("ConfigPath") => {
+            Some(option) if option.starts_with('[') && sandboxer != "shim" => option,
+            Some(option) if option.starts_with("ConfigPath") && sandboxer != "shim" => {
                 &format!("ConfigPath = \"{}\"", node.shim_config().display())
             }
             Some(option) if option.starts_with("sandboxer") && sandboxer == "shim" => option,
@@ -36,6 +37,9 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
         };
         runtime.push_str(line);
         runtime.push('\n');
+    }
+    if sandboxer == "shim" {
+        write_wrapper(node);
     }
     let cni = write_cni_config(node);
     let (cri, images) = match major {
@@ -77,6 +81,30 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
          enable_unprivileged_ports = true\n\
          [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{cni}\"\n\n{runtime}"
     )
+}
+
+/// With this sandboxer, containerd 2.1 takes the options of any runtime for runc's and fails to create
+/// containers, so there can be none. Instead of a configuration in `/etc`, which belongs to the host, a
+/// program of the shim's name hands them to it.
+fn write_wrapper(node: &Node) {
+    let directory = node.root.join("bin");
+    fs::create_dir_all(&directory).expect("create a directory");
+    let config = node.shim_config().display().to_string();
+    let options = Message::new()
+        .bytes(1, "runtimeoptions.v1.Options")
+        .bytes(2, Message::new().bytes(2, config).encode());
+    let file = directory.join("options.pb");
+    fs::write(&file, options.encode()).expect("write the options");
+    let shim = node.setting.shim_binary(&node.setting.runtime);
+    let script = format!(
+        "#!/bin/sh\nfor last; do :; done\ntest \"$last\" = start && exec {shim} \"$@\" < {file}\n\
+         exec {shim} \"$@\"\n",
+        shim = shim.display(),
+        file = file.display(),
+    );
+    let wrapper = directory.join(shim.file_name().expect("it has a name"));
+    fs::write(&wrapper, script).expect("write the wrapper");
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).expect("make it executable");
 }
 
 fn write_cni_config(node: &Node) -> String {

@@ -82,6 +82,19 @@ impl Setting {
             .unwrap_or_else(|| panic!("{name} is not in {}", self.path()))
     }
 
+    /// containerd's version.
+    pub fn version(&self) -> (u32, u32) {
+        let mut command = Command::new(self.program("containerd"));
+        let text = process::run(command.arg("--version")).ok().text();
+        // "containerd REPOSITORY 1.7.24 COMMIT", with a letter before the number in some builds.
+        let version = text.split_whitespace().nth(2).unwrap_or_default().trim_start_matches('v');
+        let mut numbers = version.split('.').map(|number| number.parse());
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+            _ => panic!("containerd's version: {text:?}"),
+        }
+    }
+
     /// The shim's binary by containerd's rule: `io.containerd.NAME.vN` is
     /// `containerd-shim-NAME-vN`.
     pub fn shim_binary(&self, runtime: &str) -> PathBuf {
@@ -250,19 +263,6 @@ impl Node {
         self.pve.get().is_some()
     }
 
-    /// containerd's version.
-    pub fn version(&self) -> (u32, u32) {
-        let mut command = Command::new(self.setting.program("containerd"));
-        let text = process::run(command.arg("--version")).ok().text();
-        // "containerd REPOSITORY 1.7.24 COMMIT", with a letter before the number in some builds.
-        let version = text.split_whitespace().nth(2).unwrap_or_default().trim_start_matches('v');
-        let mut numbers = version.split('.').map(|number| number.parse());
-        match (numbers.next(), numbers.next()) {
-            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
-            _ => panic!("containerd's version: {text:?}"),
-        }
-    }
-
     fn write_containerd_config(&self) {
         if let Some(sandboxer) = self.options.cri {
             let text = super::cri::containerd_config(self, sandboxer);
@@ -323,7 +323,8 @@ impl Node {
             .expect("open containerd's log");
         let mut command = Command::new(self.setting.program("containerd"));
         command.arg("--config").arg(self.root.join("containerd.toml"));
-        command.env("PATH", self.setting.path()).current_dir(&self.root).process_group(0);
+        let path = format!("{}:{}", self.path_text("bin"), self.setting.path());
+        command.env("PATH", path).current_dir(&self.root).process_group(0);
         // A test may depend on these only if it sets them itself.
         for variable in ["CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NOTIFY_SOCKET"] {
             command.env_remove(variable);

@@ -1,6 +1,6 @@
 //! The suites, one file per capability that a user can name.
 
-use crate::harness::node::Options;
+use crate::harness::node::{Options, Setting};
 use crate::harness::test::Test;
 
 mod config;
@@ -79,7 +79,7 @@ macro_rules! own_node {
 pub(crate) use own_node;
 
 /// All cases. Those with a node of their own come first: they take longest.
-pub fn all() -> Vec<Case> {
+pub fn all(setting: &Setting) -> Vec<Case> {
     let suites = [
         cri::cases,
         restart::cases,
@@ -102,5 +102,9 @@ pub fn all() -> Vec<Case> {
         parallel::cases,
         secrets::cases,
     ];
-    suites.iter().flat_map(|suite| suite()).collect()
+    let mut all: Vec<_> = suites.iter().flat_map(|suite| suite()).collect();
+    if setting.version() >= (2, 0) {
+        all.extend(cri::shim_sandboxer_cases());
+    }
+    all
 }

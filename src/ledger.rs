@@ -140,6 +140,12 @@ impl RunDir {
         self.0.join("cgroup")
     }
 
+    /// Where a pod sandbox's shared memory is mounted.
+    #[must_use]
+    pub fn shm(&self) -> PathBuf {
+        self.0.join("shm")
+    }
+
     fn state(&self) -> PathBuf {
         self.0.join("state.json")
     }
@@ -191,6 +197,13 @@ impl RunDir {
             Err((_, Errno::EWOULDBLOCK)) => Ok(None),
             Err((_, errno)) => Err(io(errno.into())),
         }
+    }
+
+    /// Those of one namespace of containerd, with their containers' ids.
+    #[must_use]
+    pub fn of_namespace(root: &Path, namespace: &str) -> Vec<(String, Self)> {
+        let all = Self::all(root).into_iter();
+        all.filter(|(_, dir)| dir.0.parent() == Some(&root.join(namespace))).collect()
     }
 
     /// All below `root`, with their containers' ids.
@@ -249,6 +262,12 @@ pub struct Record {
     /// Its processes may outlive PID 1: it has no pid namespace of its own.
     #[serde(default)]
     pub shares_pids: bool,
+    /// It is no CT but a pod sandbox: `init` is the holder of the pod's namespaces.
+    #[serde(default)]
+    pub holder: bool,
+    /// The container for which its shim was started: itself, or another one of its pod.
+    #[serde(default)]
+    pub shim: Option<String>,
 }
 
 impl Record {
@@ -275,6 +294,8 @@ impl Record {
             monitor: None,
             cgroups: Vec::new(),
             shares_pids: false,
+            holder: false,
+            shim: None,
         }
     }
 }

@@ -10,4 +10,5 @@ pub mod events;
 pub mod lxc;
 pub mod oci;
 pub mod pve;
+pub mod sandbox;
 pub mod task;

@@ -30,9 +30,11 @@ pub(super) struct Deleted {
 /// May be repeated, also after a regular Delete.
 pub(super) fn run(target: &Target) -> Result<Deleted, Error> {
     let bundle = super::bundle(target)?;
-    let reclaimed = within(LIMIT, target, bundle.clone());
-    // Also after a failure: nobody else removes a shim's socket.
-    remove_socket(target, &bundle);
+    let socket = socket_path(target, &bundle);
+    let reclaimed = within(LIMIT, target, bundle, socket.clone());
+    // Also after a failure: nobody else removes a shim's socket. But never that of a living shim,
+    // which may serve the other containers of a pod.
+    socket::remove_dead(&socket);
     let (ended, left) = reclaimed?;
     let mut response = DeleteResponse::new();
     response.pid = ended.pid;
@@ -47,6 +49,7 @@ fn within(
     limit: Duration,
     target: &Target,
     bundle: PathBuf,
+    socket: PathBuf,
 ) -> Result<(Ended, Option<Error>), Error> {
     let until = Instant::now() + limit;
     let (done, wait) = mpsc::channel();
@@ -57,7 +60,7 @@ fn within(
         let known = |ended| {
             let _ = known.send(ended);
         };
-        let _ = done.send(reclaim(options, &namespace, &id, &bundle, known));
+        let _ = done.send(reclaim(options, &namespace, &id, &bundle, &socket, known));
     };
     thread::Builder::new().spawn(work).map_err(Error::Runtime)?;
     let left = wait
@@ -76,6 +79,7 @@ fn reclaim(
     namespace: &str,
     id: &str,
     bundle: &Path,
+    socket: &Path,
     known: impl FnOnce(Ended),
 ) -> Result<(), Error> {
     let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
@@ -84,7 +88,15 @@ fn reclaim(
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let reclaimed = runtime.block_on(teardown::reclaim(&config, namespace, id, bundle, known));
+    let reclaimed = runtime.block_on(async {
+        let own = teardown::reclaim(&config, namespace, id, bundle, known).await;
+        if socket::is_served(socket) {
+            return own;
+        }
+        let was_started = |bundle: &Path| super::address_file(bundle).exists();
+        let members = teardown::reclaim_members(&config, namespace, id, was_started).await;
+        own.and(members)
+    });
     runtime.shutdown_background();
     reclaimed.map_err(|e| Error::Reclaim { id: id.to_string(), reason: crate::task::sentence(&e) })
 }
@@ -99,17 +111,15 @@ fn kept_options(bundle: &Path) -> Result<Option<RuntimeOptions>, Error> {
     }
 }
 
-/// The socket named in the bundle, or else where it would be; but never that of a living shim,
-/// which may serve the other containers of a pod.
-fn remove_socket(target: &Target, bundle: &Path) {
+/// The socket named in the bundle, or else where it would be.
+fn socket_path(target: &Target, bundle: &Path) -> PathBuf {
     let named = fs::read_to_string(super::address_file(bundle)).ok();
     let named = named.as_deref().and_then(|text| text.trim().strip_prefix("unix://"));
-    let path = named.map_or_else(
+    named.map_or_else(
         || {
             let (namespace, id) = (target.namespace.as_str(), target.id.as_str());
             socket::path(Path::new(socket::DEFAULT_DIR), &target.address, namespace, id)
         },
         PathBuf::from,
-    );
-    socket::remove_dead(&path);
+    )
 }

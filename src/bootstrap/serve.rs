@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use log::LevelFilter;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -23,7 +24,7 @@ use super::Target;
 use super::handover::{self, COMMITTED, Handover, Readiness};
 use super::socket::Owned;
 use crate::events::{Outbox, Settings};
-use crate::{config, log_fifo, task};
+use crate::{config, log_fifo, sandbox, task};
 
 /// How long `start` may be kept waiting for the configuration's and the node's check.
 const PREPARE_LIMIT: Duration = Duration::from_secs(10);
@@ -149,13 +150,15 @@ fn set_up(
         let _inside = runtime.enter();
         Outbox::new(Settings::new(handover.ttrpc_address, namespace.clone()))
     };
-    Ok((runtime, Prepared { config: Arc::new(config), namespace, events }))
+    let id = target.id.to_string();
+    Ok((runtime, Prepared { config: Arc::new(config), namespace, id, events }))
 }
 
 /// What the service will be made of.
 struct Prepared {
     config: Arc<config::Config>,
     namespace: String,
+    id: String,
     events: Outbox,
 }
 
@@ -188,18 +191,21 @@ async fn serve(
 ) -> Result<(), Failure> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
-    let Prepared { config, namespace, events } = prepared;
-    let environment = task::Environment::prepare(config, namespace, events.clone());
+    let Prepared { config, namespace, id, events } = prepared;
+    let environment = task::Environment::prepare(config, namespace, id, events.clone());
     let environment = timeout(PREPARE_LIMIT, environment)
         .await
         .map_err(|_| Failure::PrepareSlow)?
         .map_err(|error| Failure::Prepare(task::sentence(&error)))?;
     let service = task::Service::new(environment);
 
+    let (environment, containers) = service.parts();
+    let sandbox = sandbox::service::Service::new(environment, containers);
     let listener = Listener::try_from(listener).map_err(system("listen on the shim's socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(both_versions(|| create_task(service.clone())));
+        .register_service(both_versions(|| create_task(service.clone())))
+        .register_service(create_sandbox(sandbox));
     server.start().await?;
     handover::send(&channel, &Readiness::Ok(()))
         .map_err(system("tell the start action that the shim is ready"))?;

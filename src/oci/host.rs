@@ -48,6 +48,14 @@ impl Host {
         })
     }
 
+    /// Keeps [placeholders](is_placeholder) apart from the host's namespaces, which they look like.
+    #[must_use]
+    pub(super) fn with_placeholders(self) -> Self {
+        let is_own_namespace =
+            |kind: &str, path: &Path| !is_placeholder(path) && is_own_namespace(kind, path);
+        Self { is_own_namespace, ..self }
+    }
+
     pub(super) fn is_cgroup2(&self) -> bool {
         self.cgroups == Cgroups::V2
     }
@@ -103,6 +111,12 @@ fn v1_options(super_options: &str) -> String {
         true => format!("none,{}", selecting.join(",")),
         false => selecting.join(","),
     }
+}
+
+/// Whether a path stands for the namespace of a pod sandbox whose pid the client does not know.
+#[must_use]
+pub fn is_placeholder(path: &Path) -> bool {
+    path.parent() == Some(Path::new("/proc/1/ns"))
 }
 
 fn is_own_namespace(kind: &str, path: &Path) -> bool {

@@ -35,9 +35,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+pub use annotations::Role;
 pub use error::Error;
 pub use fields::{FIELDS, Field, Place, SetField, Verdict};
-pub use host::{Cgroups, Host};
+pub use host::{Cgroups, Host, is_placeholder};
 pub use process::Exec;
 pub use resources::update;
 pub use seccomp::Programs;
@@ -59,6 +60,24 @@ pub fn load(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
     translate(&json, bundle, &probe()?, programs)
 }
 
+/// As [`load`], for a container of a Kubernetes pod: [placeholders](is_placeholder) stay paths, for the
+/// caller to replace.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_member(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
+    let json = read(bundle)?;
+    translate(&json, bundle, &probe()?.with_placeholders(), programs)
+}
+
+/// What a bundle's container is to Kubernetes.
+///
+/// # Errors
+/// As [`load`].
+pub fn role(bundle: &Path) -> Result<Role, Error> {
+    annotations::role(&Document::parse(&read(bundle)?)?)
+}
+
 fn read(bundle: &Path) -> Result<Vec<u8>, Error> {
     let path = bundle.join("config.json");
     let read = |path: &Path| {
@@ -67,10 +86,10 @@ fn read(bundle: &Path) -> Result<Vec<u8>, Error> {
         Ok(json)
     };
     let json = read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    if json.len() as u64 > MAX_SPEC_BYTES {
-        return Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES });
+    match json.len() as u64 > MAX_SPEC_BYTES {
+        true => Err(Error::TooLarge { path, limit: MAX_SPEC_BYTES }),
+        false => Ok(json),
     }
-    Ok(json)
 }
 
 fn probe() -> Result<Host, Error> {
@@ -146,6 +165,7 @@ fn translate(
         seccomp_agent: filter.agent,
         hooks: hooks::read(&spec)?,
         image: annotations::image(&spec)?,
+        pod: annotations::pod(&spec)?,
         annotations: annotations::read(&spec)?,
         oci_version: spec.string("ociVersion")?.unwrap_or_else(|| "1.0.0".to_owned()),
         warnings,

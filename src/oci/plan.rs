@@ -48,6 +48,8 @@ pub struct Plan {
     pub oci_version: String,
     /// What a person should see of the image in the CT's notes, from containerd's annotations.
     pub image: Option<String>,
+    /// Of a container of a Kubernetes pod, what a person should see of that.
+    pub pod: Option<Pod>,
     /// Things that were understood but need a word in the log, such as an unknown capability.
     pub warnings: Vec<String>,
 }
@@ -60,6 +62,15 @@ impl Plan {
         const CAP_SYS_BOOT: u32 = 22;
         self.process.capabilities.bounding & (1 << CAP_SYS_BOOT) != 0
     }
+}
+
+/// What Kubernetes calls a container. Only shown to people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pod {
+    pub name: String,
+    pub namespace: String,
+    pub uid: String,
+    pub container: String,
 }
 
 /// Where each namespace of the container comes from.

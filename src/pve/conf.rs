@@ -138,10 +138,20 @@ impl Hostname {
     /// A readable name from any container id. Different ids may give the same name: identity is
     /// never the hostname.
     pub fn from_container_id(id: &str) -> Hostname {
-        let label = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let name: String = id.chars().map(label).skip_while(|c| *c == '-').take(63).collect();
-        let name = name.trim_end_matches('-');
-        Hostname(if name.is_empty() { "container".to_owned() } else { name.to_owned() })
+        let name = label(id, MAX_LABEL);
+        Hostname(if name.is_empty() { "container".to_owned() } else { name })
+    }
+
+    /// A readable name for a container of a pod. Of a long pod's name the beginning stays, which is what
+    /// its owner chose.
+    pub fn from_pod(pod: &str, container: &str) -> Hostname {
+        let container = label(container, MAX_LABEL / 2);
+        let pod = label(pod, MAX_LABEL - 1 - container.len());
+        match (pod.as_str(), container.as_str()) {
+            ("", _) => Hostname::from_container_id(&container),
+            (_, "") => Hostname(pod),
+            _ => Hostname(format!("{pod}-{container}")),
+        }
     }
 
     /// The name.
@@ -154,6 +164,16 @@ impl fmt::Display for Hostname {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// The longest label of a domain name (RFC 1035).
+const MAX_LABEL: usize = 63;
+
+/// A label of a domain name from any text, of at most `max` bytes; empty if nothing is left.
+fn label(text: &str, max: usize) -> String {
+    let allowed = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    let name: String = text.chars().map(allowed).skip_while(|c| *c == '-').take(max).collect();
+    name.trim_end_matches('-').to_owned()
 }
 
 /// A tag in Proxmox's syntax.

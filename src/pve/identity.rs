@@ -72,8 +72,8 @@ pub struct Identity {
 /// Begins the line in the notes.
 const MARK: &str = "containerd-shim-proxmox:";
 const VERSION: &str = "v1";
-/// For image names from annotations, which anybody may write.
-const MAX_IMAGE: usize = 512;
+/// For names from annotations, which anybody may write.
+const MAX_VALUE: usize = 512;
 
 /// Why a CT is not ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -119,8 +119,9 @@ impl fmt::Display for Identity {
 }
 
 impl Identity {
-    /// The CT's notes: words for people, then the marker. Bounded, and safe with any `image`.
-    pub fn notes(&self, image: Option<&str>) -> String {
+    /// The CT's notes: words for people, then the marker. `about` are names and values, which may come
+    /// from anybody: they are bounded and stay on their lines.
+    pub fn notes(&self, about: &[(&str, &str)]) -> String {
         let words = |text: &str, max: usize| -> String {
             text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(max).collect()
         };
@@ -129,8 +130,8 @@ impl Identity {
             words(&self.namespace, 256),
             words(&self.container_id, 256)
         );
-        if let Some(image) = image {
-            notes.push_str(&format!("image: {}\n", words(image, MAX_IMAGE)));
+        for (name, value) in about {
+            notes.push_str(&format!("{name}: {}\n", words(value, MAX_VALUE)));
         }
         notes.push_str("\nManaged by containerd. Stop and remove it there.\n\n");
         notes.push_str(&self.to_string());
@@ -303,7 +304,7 @@ mod tests {
     fn config(identity: &Identity) -> CtConfig {
         let include = format!("/run/x/{}/{}/lxc.conf", identity.namespace, identity.container_id);
         CtConfig {
-            description: identity.notes(Some("docker.io/library/busybox:latest")) + "\n",
+            description: identity.notes(&[("image", "docker.io/library/busybox:latest")]) + "\n",
             lxc: vec![
                 ("lxc.apparmor.profile".into(), "unconfined".into()),
                 ("lxc.include".into(), include),
@@ -314,7 +315,7 @@ mod tests {
 
     #[test]
     fn the_marker_survives_edits_of_other_lines() {
-        let notes = ours().notes(Some("busybox"));
+        let notes = ours().notes(&[("image", "busybox")]);
         assert!(notes.starts_with("containerd: default/web\nimage: busybox\n"), "{notes}");
         let marker = "containerd-shim-proxmox: v1 install=00000000000000000000000000000001 vmid=90001 \
                       namespace=default id=web nonce=00000000000000000000000000000002 \
@@ -385,7 +386,7 @@ mod tests {
     #[test]
     fn a_hostile_image_name_adds_no_line() {
         let image = format!("x\n{}\n{}", ours(), "y".repeat(10_000));
-        let notes = ours().notes(Some(&image));
+        let notes = ours().notes(&[("image", &image)]);
         assert_eq!(Identity::find(&notes), Ok(ours()));
         assert!(notes.len() < 4096);
     }
@@ -430,7 +431,7 @@ mod tests {
                 nonce: Id128(nonce),
                 boot_id: Id128(boot),
             };
-            prop_assert_eq!(Identity::find(&identity.notes(Some(&image))), Ok(identity));
+            prop_assert_eq!(Identity::find(&identity.notes(&[("image", &image)])), Ok(identity));
         }
 
         #[test]

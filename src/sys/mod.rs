@@ -5,6 +5,7 @@
 pub mod command;
 pub mod landlock;
 pub mod mount;
+pub mod namespace;
 pub mod pidfd;
 pub mod pipe;
 pub mod socket;

@@ -806,7 +806,7 @@ pub(super) fn answer<T>(reply: Reply<T>, result: Result<T>) {
     let _ = reply.send(result);
 }
 
-pub(super) fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
+pub(crate) fn signal_one(pidfd: &AsyncFd<OwnedFd>, signal: i32) -> Result<()> {
     match pidfd::send_signal(pidfd.as_fd(), signal) {
         Ok(()) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(Error::Finished),

@@ -1,7 +1,7 @@
 //! Makes a container: from containerd's request to an init that waits for its start.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +24,8 @@ use crate::oci::{self, Host};
 use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
 use crate::pve::{self, Upid};
+use crate::sandbox::namespace::Joined;
+use crate::sandbox::{member, pod};
 use crate::sys;
 use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
@@ -47,6 +49,8 @@ pub struct CreateRequest {
     /// The configuration of this container.
     pub config: Arc<Config>,
     pub pve: Arc<pve::Client>,
+    /// What the container is to Kubernetes.
+    pub role: oci::Role,
 }
 
 /// A container whose init waits for its start.
@@ -87,26 +91,11 @@ pub async fn create(
     request: Arc<CreateRequest>,
     cancel: CancellationToken,
 ) -> Result<Created> {
-    let dir = RunDir::new(&request.config.paths.run_dir, &env.namespace, &request.id);
-    // Not undone: what exists under this name belongs to another container.
-    let make = || {
-        let dir = dir.clone();
-        blocking(move || Ok(dir.create()?))
-    };
-    match make().await {
-        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
-            let limit = request.config.proxmox.task_timeout;
-            if !teardown::remove_orphan(&request.pve, &dir, &request.id, &request.bundle, limit)
-                .await?
-            {
-                return Err(exists);
-            }
-            make().await?;
-        }
-        result => result?,
-    }
+    let dir =
+        make_run_dir(&request.pve, &request.config, &env.namespace, &request.id, &request.bundle)
+            .await?;
     let mut building =
-        Building { record: Record::new(request.bundle.clone()), dir, env, request, cancel };
+        Building { record: env.record(request.bundle.clone()), dir, env, request, cancel };
     match building.build().await {
         Ok(created) => Ok(created),
         Err(error) => {
@@ -123,6 +112,36 @@ pub async fn create(
     }
 }
 
+/// Makes the run directory, in the place of that of an earlier container of this id that was left
+/// behind.
+///
+/// # Errors
+/// Not to be undone: what exists under this name belongs to another container.
+pub(crate) async fn make_run_dir(
+    pve: &pve::Client,
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    bundle: &Path,
+) -> Result<RunDir> {
+    let dir = RunDir::new(&config.paths.run_dir, namespace, id);
+    let make = || {
+        let dir = dir.clone();
+        blocking(move || Ok(dir.create()?))
+    };
+    match make().await {
+        Err(exists @ Error::Ledger(ledger::Error::Exists { .. })) => {
+            let limit = config.proxmox.task_timeout;
+            if !teardown::remove_orphan(pve, &dir, id, bundle, limit).await? {
+                return Err(exists);
+            }
+            make().await?;
+        }
+        result => result?,
+    }
+    Ok(dir)
+}
+
 /// What has been made so far.
 struct Building {
     env: Arc<Environment>,
@@ -135,20 +154,14 @@ struct Building {
 impl Building {
     async fn build(&mut self) -> Result<Created> {
         let request = self.request.clone();
-        let bundle = request.bundle.clone();
-        // No namespace of containerd has a name that begins like this.
-        let programs = oci::Programs::at(request.config.paths.run_dir.join(".seccomp"));
-        let mut plan = blocking(move || Ok(oci::load(&bundle, &programs)?)).await?;
-        let exposed = lxc::command_socket::guard(
-            &mut plan,
-            request.config.ct.abstract_sockets,
-            sys::landlock::abi(),
-        );
-        plan.warnings.extend(exposed.map(str::to_owned));
+        let plan = self.plan().await?;
         for warning in &plan.warnings {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
         self.save().await?;
+        let namespaces = plan.namespaces.clone();
+        let joined = blocking(move || Ok(Joined::open(&namespaces).map_err(pod::Error::from)?));
+        let joined = joined.await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
         let root = plan.root_path.clone();
@@ -183,6 +196,7 @@ impl Building {
                 Namespace::New | Namespace::Path(_) => libc::CLONE_NEWTIME.unsigned_abs(),
             };
             blocking(move || {
+                joined.verify(pid).map_err(pod::Error::from)?;
                 let cgroup = Cgroup::of_process(pid)?;
                 if let Some(memory) = cgroup.memory_dir() {
                     dir.write(&dir.cgroup(), memory.as_os_str().as_encoded_bytes())?;
@@ -241,6 +255,31 @@ impl Building {
             stdio.attach_terminal(master)?;
         }
         Ok(Created { ct, session: connected.session, stdio })
+    }
+
+    async fn plan(&self) -> Result<Plan> {
+        let bundle = self.request.bundle.clone();
+        let programs = programs(&self.request);
+        let shared = self.env.sandbox.get();
+        let is_member = shared.is_some() || self.request.role == oci::Role::Member;
+        let mut plan = blocking(move || match is_member {
+            true => Ok(oci::load_member(&bundle, &programs)?),
+            false => Ok(oci::load(&bundle, &programs)?),
+        })
+        .await?;
+        if is_member {
+            match shared {
+                Some(shared) => shared.join(&mut plan)?,
+                None => member::refuse_placeholders(&plan.namespaces)?,
+            }
+        }
+        let exposed = lxc::command_socket::guard(
+            &mut plan,
+            self.request.config.ct.abstract_sockets,
+            sys::landlock::abi(),
+        );
+        plan.warnings.extend(exposed.map(str::to_owned));
+        Ok(plan)
     }
 
     async fn save(&self) -> Result<()> {
@@ -317,6 +356,9 @@ impl Building {
         let cgroups = self.record.cgroups.clone();
         blocking(move || {
             dir.write(&dir.lxc_conf(), text.as_bytes())?;
+            if let Some(container) = cgroups.first() {
+                cgroup::pass_cpuset_on(container)?;
+            }
             // Proxmox's pre-start hook would do it, but the include clears that hook.
             Ok(cgroup::remove_stale(&cgroups.iter().map(String::as_str).collect::<Vec<_>>())?)
         })
@@ -532,8 +574,14 @@ impl RunningCt {
     }
 }
 
+/// Where compiled seccomp filters are kept.
+pub(super) fn programs(request: &CreateRequest) -> oci::Programs {
+    // No namespace of containerd has a name that begins like this.
+    oci::Programs::at(request.config.paths.run_dir.join(".seccomp"))
+}
+
 /// What the ledger keeps of the plan for the container's end.
-fn poststop(plan: &Plan) -> Option<Poststop> {
+pub(super) fn poststop(plan: &Plan) -> Option<Poststop> {
     let hooks = plan.hooks.poststop.clone();
     (!hooks.is_empty()).then(|| Poststop {
         hooks,

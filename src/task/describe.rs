@@ -20,19 +20,44 @@ const CPUUNITS_MAX: u64 = 10_000;
 pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> CtDescription {
     let resources = &plan.resources;
     let mut tags: Vec<Tag> = config.ct.tags.iter().filter_map(|tag| Tag::new(tag)).collect();
-    let namespace = Tag::sanitised(&identity.namespace).filter(|tag| !tags.contains(tag));
-    tags.extend(namespace);
+    // In the web interface, a search for one of them finds a pod, or all pods of a namespace.
+    let pod = plan.pod.as_ref();
+    let names = [Some(&identity.namespace), pod.map(|p| &p.namespace), pod.map(|p| &p.name)];
+    for tag in names.into_iter().flatten().filter_map(|name| Tag::sanitised(name)) {
+        if !tags.contains(&tag) {
+            tags.push(tag);
+        }
+    }
     CtDescription {
-        hostname: Hostname::from_container_id(&identity.container_id),
+        hostname: match pod {
+            Some(pod) => Hostname::from_pod(&pod.name, &pod.container),
+            None => Hostname::from_container_id(&identity.container_id),
+        },
         memory_mib: memory(resources.memory_limit).unwrap_or_else(node_memory),
         swap_mib: swap(resources).unwrap_or(0),
         cpulimit: cpulimit(resources),
         cpuunits: cpuunits(resources),
         tags,
-        notes: identity.notes(plan.image.as_deref()),
+        notes: identity.notes(&about(plan)),
         rootfs: plan.root_path.clone(),
         include: dir.lxc_conf(),
     }
+}
+
+/// What the notes say of the container besides its identity.
+fn about(plan: &Plan) -> Vec<(&'static str, &str)> {
+    let mut about = Vec::new();
+    if let Some(pod) = &plan.pod {
+        about.extend([
+            ("pod", pod.name.as_str()),
+            ("pod namespace", &pod.namespace),
+            ("pod uid", &pod.uid),
+            ("container", &pod.container),
+        ]);
+    }
+    about.extend(plan.image.as_deref().map(|image| ("image", image)));
+    about.retain(|(_, value)| !value.is_empty());
+    about
 }
 
 /// The keys that an update changes.

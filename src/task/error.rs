@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ttrpc::Code;
 
 use crate::pve::conf::ClaimError;
+use crate::sandbox::{member, namespace, pod, spec};
 use crate::task::phase::Illegal;
 use crate::{config, ledger, lxc, oci, pve};
 
@@ -85,6 +86,21 @@ pub enum Error {
     /// The process's stdio could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::task::stdio::Error),
+    /// A pod sandbox could not be made, or its namespaces can't be joined.
+    #[error(transparent)]
+    Sandbox(#[from] pod::Error),
+    /// No such pod sandbox.
+    #[error("pod sandbox {id} not found")]
+    SandboxNotFound { id: String },
+    /// The pod sandbox's state does not allow it.
+    #[error("pod sandbox {id} {reason}")]
+    SandboxPrecondition { id: String, reason: &'static str },
+    /// The request for a pod sandbox can't be understood.
+    #[error(transparent)]
+    SandboxSpec(#[from] spec::Error),
+    /// The container can't share what it asks for.
+    #[error(transparent)]
+    Member(#[from] member::Error),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] crate::task::hooks::Error),
@@ -113,10 +129,20 @@ impl Error {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::NotFound { .. } | Self::ExecNotFound { .. } | Self::Finished => Code::NOT_FOUND,
+            Self::NotFound { .. }
+            | Self::ExecNotFound { .. }
+            | Self::SandboxNotFound { .. }
+            | Self::Finished => Code::NOT_FOUND,
             Self::Exists { .. } => Code::ALREADY_EXISTS,
-            Self::Phase { .. } | Self::Precondition { .. } => Code::FAILED_PRECONDITION,
-            Self::Argument { .. } | Self::Config(_) | Self::Oci(_) => Code::INVALID_ARGUMENT,
+            Self::Phase { .. }
+            | Self::Precondition { .. }
+            | Self::SandboxPrecondition { .. }
+            | Self::Member(member::Error::NoSandbox { .. }) => Code::FAILED_PRECONDITION,
+            Self::Argument { .. }
+            | Self::Config(_)
+            | Self::Oci(_)
+            | Self::SandboxSpec(_)
+            | Self::Member(member::Error::OfTheNode { .. }) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Cancelled { .. } => Code::CANCELLED,
             Self::Pve(error) => pve_code(error),
@@ -130,6 +156,7 @@ impl Error {
             },
             Self::Ledger(ledger::Error::Exists { .. }) => Code::ALREADY_EXISTS,
             Self::StartTimeout { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Sandbox(error) => sandbox_code(error),
             Self::ShuttingDown => Code::UNAVAILABLE,
             Self::Ledger(_)
             | Self::LxcConfig(_)
@@ -155,6 +182,23 @@ impl Error {
             Ok(()) => self,
             Err(cleanup) => Self::Both { first: Box::new(self), cleanup: Box::new(cleanup) },
         }
+    }
+}
+
+fn sandbox_code(error: &pod::Error) -> Code {
+    match error {
+        pod::Error::Namespace(error) => match error {
+            namespace::Error::Gone { .. } | namespace::Error::Changed { .. } => {
+                Code::FAILED_PRECONDITION
+            }
+            namespace::Error::Other { .. } => Code::INVALID_ARGUMENT,
+            namespace::Error::Open { .. } => Code::UNKNOWN,
+        },
+        pod::Error::ShuttingDown => Code::UNAVAILABLE,
+        pod::Error::Holder(_)
+        | pod::Error::Cgroup(_)
+        | pod::Error::Ledger(_)
+        | pod::Error::SharedMemory { .. } => Code::UNKNOWN,
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Flow: [`service`] turns a request into a [`container::Command`]; the actor in [`container`]
 //! moves the container through the [`phase`] table, with [`create`] and [`teardown`] for the long
-//! ways there and back; [`view`] is what everybody may read meanwhile.
+//! ways there and back; [`sandbox`] is the actor of a task that is a pod sandbox; [`view`] is what everybody may read meanwhile.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::events::Outbox;
+use crate::ledger::Record;
 use crate::lxc::detached;
 use crate::oci::Host;
 use crate::pve;
+use crate::sandbox::member;
 
 pub mod container;
 pub mod create;
@@ -21,6 +23,7 @@ pub mod error;
 pub mod hooks;
 pub mod phase;
 pub mod registry;
+pub mod sandbox;
 pub mod seccomp_agent;
 pub mod service;
 pub mod stdio;
@@ -37,7 +40,11 @@ pub struct Environment {
     pub events: Outbox,
     /// containerd's.
     pub namespace: String,
+    /// The container that the shim was started for.
+    pub id: String,
     pub host: Arc<Host>,
+    /// What the shim's pod shares, if the Sandbox service holds it.
+    pub sandbox: member::Slot,
     /// The init binary's path on the host.
     pub init_path: PathBuf,
     /// The init binary, open on a mount of its own that nobody can write to.
@@ -50,7 +57,12 @@ impl Environment {
     ///
     /// # Errors
     /// The configuration's, the token's or Proxmox's.
-    pub async fn prepare(config: Arc<Config>, namespace: String, events: Outbox) -> Result<Self> {
+    pub async fn prepare(
+        config: Arc<Config>,
+        namespace: String,
+        id: String,
+        events: Outbox,
+    ) -> Result<Self> {
         let pve = pve::Client::new(&config)?;
         let checked = pve.check();
         let init_path = config.init_path()?;
@@ -68,10 +80,19 @@ impl Environment {
             pve: Arc::new(pve),
             events,
             namespace,
+            id,
             host: Arc::new(host),
+            sandbox: member::Slot::default(),
             init_path,
             init,
         })
+    }
+
+    /// The record of a container of this shim.
+    pub(crate) fn record(&self, bundle: PathBuf) -> Record {
+        let mut record = Record::new(bundle);
+        record.shim = Some(self.id.clone());
+        record
     }
 
     fn stdio_context(&self, id: &str, exec_id: Option<&str>, bundle: &Path) -> stdio::Context {
@@ -85,7 +106,7 @@ impl Environment {
 }
 
 /// Runs what may block for a moment (files, mounts) away from the runtime's thread.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::ShuttingDown)?

@@ -19,6 +19,8 @@ pub struct Registry {
 #[derive(Debug, Default)]
 struct State {
     containers: HashMap<String, Handle>,
+    /// There is a pod sandbox, which needs the shim although it is no task.
+    sandbox: bool,
     /// containerd asked the shim to end while the last containers were being removed. It does not
     /// ask again.
     ending: bool,
@@ -35,7 +37,7 @@ impl Drop for Registration {
     fn drop(&mut self) {
         let mut state = self.registry.state();
         state.containers.remove(&self.id);
-        if state.ending && state.containers.is_empty() {
+        if state.ending && state.containers.is_empty() && !state.sandbox {
             self.registry.finished.cancel();
         }
     }
@@ -80,11 +82,44 @@ impl Registry {
     /// A shim with any other container stays: ending would leave a CT that nobody watches.
     pub fn shut_down(&self) {
         let mut state = self.state();
+        if state.sandbox {
+            return;
+        }
         if state.containers.is_empty() {
             self.finished.cancel();
         } else if state.containers.values().all(|handle| handle.view.borrow().leaving) {
             state.ending = true;
         }
+    }
+
+    /// Keeps the shim for a pod sandbox, until [`Self::release`].
+    ///
+    /// # Errors
+    /// [`Error::ShuttingDown`].
+    pub fn hold(&self) -> Result<()> {
+        let mut state = self.state();
+        if self.finished.is_cancelled() {
+            return Err(Error::ShuttingDown);
+        }
+        state.sandbox = true;
+        Ok(())
+    }
+
+    /// There is no pod sandbox any more.
+    pub fn release(&self) {
+        self.state().sandbox = false;
+    }
+
+    /// Whether a container is there that nobody has begun to remove.
+    #[must_use]
+    pub fn has_staying(&self) -> bool {
+        self.state().containers.values().any(|handle| !handle.view.borrow().leaving)
+    }
+
+    /// All containers.
+    #[must_use]
+    pub fn all(&self) -> Vec<Handle> {
+        self.state().containers.values().cloned().collect()
     }
 
     /// Resolves when the shim may end.
@@ -123,6 +158,24 @@ mod tests {
         assert!(!registry.finished.is_cancelled(), "it has not left yet");
         drop(stays);
         assert!(registry.finished.is_cancelled());
+    }
+
+    #[test]
+    fn a_pod_sandbox_keeps_the_shim() {
+        let registry = Arc::new(Registry::default());
+        registry.hold().unwrap();
+        registry.shut_down();
+        assert!(!registry.finished.is_cancelled());
+        let (view, container) = add(&registry, "member");
+        assert!(registry.has_staying());
+        view.send_modify(|view| view.leaving = true);
+        assert!(!registry.has_staying());
+        registry.release();
+        registry.shut_down();
+        assert!(!registry.finished.is_cancelled(), "the member has not left yet");
+        drop(container);
+        assert!(registry.finished.is_cancelled());
+        assert!(matches!(registry.hold(), Err(Error::ShuttingDown)));
     }
 
     #[test]

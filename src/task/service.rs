@@ -15,6 +15,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::config::{Config, ConfigError, RuntimeOptions};
 use crate::lxc::exit::Exit;
 use crate::lxc::rootfs::RootfsMount;
+use crate::oci;
 use crate::pve;
 use crate::task::Environment;
 use crate::task::blocking;
@@ -23,6 +24,7 @@ use crate::task::create::CreateRequest;
 use crate::task::error::{Error, Result, sentence};
 use crate::task::phase::Phase;
 use crate::task::registry::Registry;
+use crate::task::sandbox;
 use crate::task::stdio::StdioRequest;
 use crate::task::teardown;
 use crate::task::view::{INIT, ProcessView, View};
@@ -37,6 +39,12 @@ impl Service {
     #[must_use]
     pub fn new(env: Environment) -> Arc<Self> {
         Arc::new(Self { env: Arc::new(env), containers: Arc::default() })
+    }
+
+    /// What the Sandbox service shares with this one.
+    #[must_use]
+    pub fn parts(&self) -> (Arc<Environment>, Arc<Registry>) {
+        (self.env.clone(), self.containers.clone())
     }
 
     /// Resolves when containerd has asked the shim to end and no task is left.
@@ -68,6 +76,8 @@ impl Service {
             });
         }
         let (config, pve) = self.configuration(request.options.as_ref()).await?;
+        let bundle = PathBuf::from(&request.bundle);
+        let role = blocking(move || Ok(oci::role(&bundle)?)).await?;
         let id = request.id.clone();
         let create = CreateRequest {
             id: request.id,
@@ -81,10 +91,12 @@ impl Service {
             },
             config,
             pve,
+            role,
         };
+        let spawn = if role == oci::Role::Sandbox { sandbox::spawn } else { container::spawn };
         let created = self
             .containers
-            .add(&id, |registration| container::spawn(self.env.clone(), create, registration))?;
+            .add(&id, |registration| spawn(self.env.clone(), create, registration))?;
         created.await.unwrap_or(Err(Error::ShuttingDown))
     }
 

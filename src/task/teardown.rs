@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::fcntl::Flock;
 use nix::libc;
 use proxmox_shim_init::protocol::Hook;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::{Config, Vmid};
@@ -68,6 +69,9 @@ pub async fn teardown(
             remove_cgroups(record.cgroups.clone()).await?;
         }
     }
+    if record.holder {
+        end_pod_sandbox(dir, record).await?;
+    }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
     if let Some(hooks) = &record.poststop {
@@ -75,6 +79,17 @@ pub async fn teardown(
     }
     let dir = dir.clone();
     blocking(move || Ok(dir.remove()?)).await
+}
+
+/// Ends the holder of a pod's namespaces, and unmounts what the pod shares.
+async fn end_pod_sandbox(dir: &RunDir, record: &Record) -> Result<()> {
+    kill(record, Duration::ZERO).await?;
+    if let Some(container) = record.cgroups.first() {
+        Cgroup::at(container)?.kill_all().await?;
+        remove_cgroups(record.cgroups.clone()).await?;
+    }
+    let shm = dir.shm();
+    blocking(move || Ok(rootfs::unmount(&shm)?)).await
 }
 
 /// Returns whether the VMID was that of our CT.
@@ -200,11 +215,46 @@ pub async fn reclaim(
     }
     let pid = record.init.map_or(0, |init| init.pid.unsigned_abs());
     let ended = kill(&record, RECLAIM_MONITOR_TIMEOUT).await;
-    let exit = recorded(&dir, record.init.is_some()).await.unwrap_or(killed);
+    // A holder has no stop hook.
+    let exit = recorded(&dir, record.init.is_some() && !record.holder).await.unwrap_or(killed);
     known(Ended { pid, exit });
     ended?;
     let pve = pve::Client::new(config)?;
     teardown(&pve, &dir, &record, id, DELETE_LIMIT).await
+}
+
+/// Ends and removes the other containers of the shim that was started for `id`, as far as containerd
+/// does not do it: from version 3 of its protocol on it calls `delete` only for those that it called
+/// `start` for (`was_started`, by their bundles).
+///
+/// # Errors
+/// The last that could not be removed.
+pub async fn reclaim_members(
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    was_started: impl Fn(&Path) -> bool,
+) -> Result<()> {
+    let mut work = JoinSet::new();
+    for (member, dir) in RunDir::of_namespace(&config.paths.run_dir, namespace) {
+        let Ok(Some(record)) = dir.load() else { continue };
+        if member == id || record.shim.as_deref() != Some(id) || was_started(&record.bundle) {
+            continue;
+        }
+        let (config, namespace) = (config.clone(), namespace.to_owned());
+        work.spawn(
+            async move { reclaim(&config, &namespace, &member, &record.bundle, |_| ()).await },
+        );
+    }
+    let mut result = Ok(());
+    while let Some(done) = work.join_next().await {
+        match done {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => result = Err(error),
+            Err(_) => result = Err(Error::ShuttingDown),
+        }
+    }
+    result
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {

@@ -90,7 +90,7 @@ impl World {
             cpulimit: None,
             cpuunits: None,
             tags: Vec::new(),
-            notes: identity.notes(None),
+            notes: identity.notes(&[]),
             rootfs,
             include,
         };

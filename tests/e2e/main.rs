@@ -15,12 +15,13 @@ use suites::Needs;
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let setting = Setting::from_environment();
-    let cases = suites::all();
+    let cases = suites::all(&setting);
     if arguments.list {
         let name = |case: &suites::Case| format!("{}::{}", case.suite, case.name);
         let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
+    harness::sys::enter_own_network();
     // The message and its place; a backtrace through the harness says nothing more.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     harness::sys::on_termination(move |signal| {

@@ -9,6 +9,7 @@
 //! All functions that are not `async` block, for microseconds as a rule; lowering a memory limit may
 //! block for as long as the kernel reclaims memory.
 
+mod create;
 mod hierarchy;
 mod limits;
 mod metrics;
@@ -25,6 +26,7 @@ use nix::errno::Errno;
 use nix::libc;
 use proxmox_shim_init::protocol::ExecCgroup;
 
+pub use create::pass_cpuset_on;
 pub(crate) use hierarchy::unescape;
 pub use hierarchy::{Hierarchies, Hierarchy, Kind, Membership, Mode};
 pub use oom::OomWatch;
@@ -41,6 +43,9 @@ pub enum Error {
     /// The kernel refused a value.
     #[error("write {value:?} to {}: {}", path.display(), describe(source))]
     Write { path: PathBuf, value: String, source: io::Error },
+    /// A directory could not be made.
+    #[error("make cgroup {}: {}", path.display(), describe(source))]
+    Create { path: PathBuf, source: io::Error },
     /// A directory could not be removed.
     #[error("remove cgroup {}: {}", path.display(), describe(source))]
     Remove { path: PathBuf, source: io::Error },

@@ -502,7 +502,7 @@ fn identity() -> Identity {
 
 fn conf_of(identity: &Identity) -> serde_json::Value {
     json!({
-        "digest": "0", "description": identity.notes(None),
+        "digest": "0", "description": identity.notes(&[]),
         "lxc": [["lxc.include", "/run/containerd-shim-proxmox/default/web/lxc.conf"]],
     })
 }

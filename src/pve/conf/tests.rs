@@ -103,6 +103,24 @@ fn hostnames_are_dns_labels_whatever_the_id() {
 }
 
 #[test]
+fn hostnames_of_pods_are_labels_that_keep_both_names() {
+    let long = "p".repeat(100);
+    for (pod, container, expected) in [
+        ("web-0", "nginx", "web-0-nginx".to_owned()),
+        ("web-0", "", "web-0".to_owned()),
+        ("", "nginx", "nginx".to_owned()),
+        ("", "", "container".to_owned()),
+        ("a\nlxc.x=1", "..", "a-lxc-x-1".to_owned()),
+        (&long, "nginx", format!("{}-nginx", "p".repeat(57))),
+        (&long, &long, format!("{}-{}", "p".repeat(31), "p".repeat(31))),
+    ] {
+        let hostname = Hostname::from_pod(pod, container);
+        assert_eq!(hostname.as_str(), expected);
+        assert!(hostname.as_str().len() <= 63);
+    }
+}
+
+#[test]
 fn tags_follow_proxmox_syntax() {
     let tag = |text| Tag::sanitised(text).map(|tag| tag.0);
     assert_eq!(tag("K8s.io/app"), Some("k8s.io-app".into()));

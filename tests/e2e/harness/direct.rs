@@ -225,13 +225,25 @@ impl<'a> Driver<'a> {
         any
     }
 
-    /// Writes the bundle, starts the shim and connects to it.
-    pub fn start(&self, id: &str, spec: &Value) -> Shim {
+    /// Writes a bundle as containerd would.
+    pub fn write_bundle(&self, id: &str, spec: &Value) -> PathBuf {
         let bundle = self.directory.join(id);
         for name in ["rootfs", "upper", "work"] {
             fs::create_dir_all(bundle.join(name)).expect("create the bundle");
         }
         fs::write(bundle.join("config.json"), spec.to_string()).expect("write config.json");
+        bundle
+    }
+
+    /// A container in a shim that runs already and has not been told of it by a start, as containerd
+    /// adds one to a pod from version 3 of the protocol on.
+    pub fn join(&self, id: &str, spec: &Value, shim: &Shim) -> Shim {
+        Shim { id: id.to_owned(), bundle: self.write_bundle(id, spec), ..shim.clone() }
+    }
+
+    /// Writes the bundle, starts the shim and connects to it.
+    pub fn start(&self, id: &str, spec: &Value) -> Shim {
+        let bundle = self.write_bundle(id, spec);
         let log =
             self.drain_log(&bundle.join("log"), &self.node.root.join(format!("{id}.shim.log")));
         let namespace = &self.node.namespace;
@@ -347,8 +359,22 @@ impl Shim {
         Req: containerd_shim_protos::protobuf::Message,
         Res: containerd_shim_protos::protobuf::Message,
     {
+        self.call_service(self.service, method, message)
+    }
+
+    /// One call of any service of the shim.
+    pub fn call_service<Req, Res>(
+        &self,
+        service: &str,
+        method: &str,
+        message: &Req,
+    ) -> Result<Res, Refusal>
+    where
+        Req: containerd_shim_protos::protobuf::Message,
+        Res: containerd_shim_protos::protobuf::Message,
+    {
         let mut request = Request::new();
-        request.service = self.service.to_owned();
+        request.service = service.to_owned();
         request.method = method.to_owned();
         request.payload = message.write_to_bytes().expect("encode the request");
         request.timeout_nano = self.patience.as_nanos().try_into().unwrap_or(i64::MAX);
@@ -440,6 +466,42 @@ impl Shim {
         request.id.clone_from(&self.id);
         request.exec_id = exec.to_owned();
         self.call("Delete", &request)
+    }
+
+    /// The processes of the container, ascending.
+    pub fn pids(&self) -> Result<Vec<u32>, Refusal> {
+        let mut request = api::PidsRequest::new();
+        request.id.clone_from(&self.id);
+        let reply = self.call::<_, api::PidsResponse>("Pids", &request)?;
+        let mut pids: Vec<u32> = reply.processes.iter().map(|process| process.pid).collect();
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
+    pub fn stats(&self) -> Result<Any, Refusal> {
+        let mut request = api::StatsRequest::new();
+        request.id.clone_from(&self.id);
+        let reply = self.call::<_, api::StatsResponse>("Stats", &request)?;
+        Ok(reply.stats.into_option().unwrap_or_default())
+    }
+
+    /// `resources` are those of an OCI specification.
+    pub fn update(&self, resources: &Value) -> Result<(), Refusal> {
+        let mut request = api::UpdateTaskRequest::new();
+        request.id.clone_from(&self.id);
+        let mut any = Any::new();
+        any.type_url =
+            "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
+        any.value = resources.to_string().into_bytes();
+        request.resources = MessageField::some(any);
+        self.call::<_, api::Empty>("Update", &request).map(|_| ())
+    }
+
+    /// Kill, wait, delete, without an end of the shim.
+    pub fn remove(&self) {
+        let _ = self.kill("", 9, true);
+        let _ = self.wait("");
+        let _ = self.delete("");
     }
 
     pub fn close_stdin(&self, exec: &str) -> Result<(), Refusal> {

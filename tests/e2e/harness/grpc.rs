@@ -37,6 +37,11 @@ impl Message {
         self
     }
 
+    /// A message within this one.
+    pub fn message(self, field: u64, value: &Message) -> Message {
+        self.bytes(field, value.encode())
+    }
+
     /// `google.protobuf.Any`.
     pub fn any(self, field: u64, type_url: &str, value: impl AsRef<[u8]>) -> Message {
         let any = Message::new().bytes(1, type_url).bytes(2, value);
@@ -48,38 +53,63 @@ impl Message {
     }
 }
 
-/// A number field of an encoded message without nested groups.
-pub fn number_in(message: &[u8], field: u64) -> Option<u64> {
-    let mut bytes = message.iter().copied();
-    let varint = |bytes: &mut dyn Iterator<Item = u8>| {
-        let (mut value, mut shift) = (0u64, 0);
-        loop {
-            let byte = bytes.next()?;
-            value |= u64::from(byte & 0x7f) << shift;
-            shift += 7;
-            if byte & 0x80 == 0 {
-                return Some(value);
-            }
-        }
-    };
+/// One field of an encoded message: a number, or the bytes of a string or message.
+enum Field<'a> {
+    Number(u64),
+    Bytes(&'a [u8]),
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let (mut value, mut shift) = (0u64, 0);
     loop {
-        let key = varint(&mut bytes)?;
-        match key & 7 {
-            0 => {
-                let value = varint(&mut bytes)?;
-                if key >> 3 == field {
-                    return Some(value);
-                }
-            }
-            2 => {
-                let length = varint(&mut bytes)?;
-                for _ in 0..length {
-                    bytes.next()?;
-                }
-            }
-            _ => return None,
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f).checked_shl(shift)?;
+        shift += 7;
+        if byte & 0x80 == 0 {
+            return Some(value);
         }
     }
+}
+
+/// The fields in their order, up to one of a kind that is not known here.
+fn fields(mut bytes: &[u8]) -> impl Iterator<Item = (u64, Field<'_>)> {
+    std::iter::from_fn(move || {
+        let key = varint(&mut bytes)?;
+        let length = match key & 7 {
+            0 => return Some((key >> 3, Field::Number(varint(&mut bytes)?))),
+            1 => 8,
+            2 => usize::try_from(varint(&mut bytes)?).ok()?,
+            5 => 4,
+            _ => return None,
+        };
+        let (value, rest) = bytes.split_at_checked(length)?;
+        bytes = rest;
+        Some((key >> 3, Field::Bytes(value)))
+    })
+}
+
+/// A number field of an encoded message.
+pub fn number_in(message: &[u8], field: u64) -> Option<u64> {
+    fields(message).find_map(|(number, value)| match value {
+        Field::Number(value) if number == field => Some(value),
+        _ => None,
+    })
+}
+
+/// All strings or messages in a repeated field.
+pub fn strings_in(message: &[u8], field: u64) -> Vec<Vec<u8>> {
+    let bytes = fields(message).filter_map(|(number, value)| match value {
+        Field::Bytes(bytes) if number == field => Some(bytes.to_vec()),
+        _ => None,
+    });
+    bytes.collect()
+}
+
+/// The string or message at a path of fields.
+pub fn find(message: &[u8], path: &[u64]) -> Option<Vec<u8>> {
+    let Some((field, rest)) = path.split_first() else { return Some(message.to_vec()) };
+    find(strings_in(message, *field).first()?, rest)
 }
 
 /// The gRPC status of a failed call.
@@ -100,7 +130,7 @@ pub fn call(
     frame.extend_from_slice(&(message.0.len() as u32).to_be_bytes());
     frame.extend_from_slice(&message.0);
     let mut command = Command::new("curl");
-    command.args(["--silent", "--show-error", "--max-time", "50", "--http2-prior-knowledge"]);
+    command.args(["--silent", "--show-error", "--max-time", "170", "--http2-prior-knowledge"]);
     command.args(["--noproxy", "*", "--dump-header", "/dev/stderr", "--data-binary", "@-"]);
     command.args(["-H", "content-type: application/grpc", "-H", "te: trailers"]);
     command.arg("-H").arg(format!("containerd-namespace: {namespace}"));

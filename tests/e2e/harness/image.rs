@@ -109,6 +109,21 @@ fn layer(scratch: &Path) -> Vec<u8> {
 pub fn write(scratch: &Path, archive: &Path, rootfs: &Path) {
     let layer = layer(scratch);
     tar::Archive::new(layer.as_slice()).unpack(rootfs).expect("unpack the layer");
+    write_archive(IMAGE, json!(["sh"]), &layer, archive);
+}
+
+/// The name of the image for pod sandboxes.
+pub const PAUSE_IMAGE: &str = "docker.io/library/e2e-pause:1";
+
+/// Writes an image of which nothing can be executed: a pod sandbox needs nothing of it.
+pub fn write_pause(archive: &Path) {
+    let mut layer = Layer(tar::Builder::new(Vec::new()));
+    layer.entry(tar::EntryType::Regular, "pause", 0o644, b"is never executed");
+    let layer = layer.0.into_inner().expect("finish the layer");
+    write_archive(PAUSE_IMAGE, json!(["/pause"]), &layer, archive);
+}
+
+fn write_archive(name: &str, command: serde_json::Value, layer: &[u8], archive: &Path) {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -119,10 +134,10 @@ pub fn write(scratch: &Path, archive: &Path, rootfs: &Path) {
         "os": "linux",
         "config": {
             "Env": ["PATH=/bin", IMAGE_ENV],
-            "Cmd": ["sh"],
+            "Cmd": command,
             "WorkingDir": "/",
         },
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))]},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(layer))]},
     })
     .to_string();
     let descriptor = |media: &str, blob: &[u8]| json!({"mediaType": media, "digest": format!("sha256:{}", hex(blob)), "size": blob.len()});
@@ -130,19 +145,19 @@ pub fn write(scratch: &Path, archive: &Path, rootfs: &Path) {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", layer)],
     })
     .to_string();
     let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
     entry["platform"] = json!({"architecture": architecture, "os": "linux"});
     entry["annotations"] =
-        json!({"io.containerd.image.name": IMAGE, "org.opencontainers.image.ref.name": "1"});
+        json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "1"});
     let index = json!({"schemaVersion": 2, "manifests": [entry]}).to_string();
 
     let mut out = Layer(tar::Builder::new(Vec::new()));
     let regular = tar::EntryType::Regular;
     out.entry(regular, "oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#);
-    for blob in [layer.as_slice(), config.as_bytes(), manifest.as_bytes()] {
+    for blob in [layer, config.as_bytes(), manifest.as_bytes()] {
         out.entry(regular, &format!("blobs/sha256/{}", hex(blob)), 0o644, blob);
     }
     out.entry(regular, "index.json", 0o644, index.as_bytes());

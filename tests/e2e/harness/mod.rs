@@ -5,6 +5,7 @@
 // Each of the two programs that include this module uses its own part of it.
 #![allow(dead_code)]
 
+pub mod cri;
 pub mod direct;
 pub mod events;
 pub mod grpc;
@@ -15,3 +16,4 @@ pub mod pve;
 pub mod sys;
 pub mod terminal;
 pub mod test;
+pub mod websocket;

@@ -85,6 +85,19 @@ impl Setting {
             .unwrap_or_else(|| panic!("{name} is not in {}", self.path()))
     }
 
+    /// containerd's version.
+    pub fn version(&self) -> (u32, u32) {
+        let mut command = Command::new(self.program("containerd"));
+        let text = process::run(command.arg("--version")).ok().text();
+        // "containerd REPOSITORY 1.7.24 COMMIT", with a letter before the number in some builds.
+        let version = text.split_whitespace().nth(2).unwrap_or_default().trim_start_matches('v');
+        let mut numbers = version.split('.').map(|number| number.parse());
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+            _ => panic!("containerd's version: {text:?}"),
+        }
+    }
+
     /// The shim's binary by containerd's rule: `io.containerd.NAME.vN` is
     /// `containerd-shim-NAME-vN`.
     pub fn shim_binary(&self, runtime: &str) -> PathBuf {
@@ -103,6 +116,8 @@ pub struct Options {
     pub profile: String,
     /// Lines appended to the shim's configuration.
     pub shim_config: String,
+    /// Serves CRI, with this sandboxer.
+    pub cri: Option<&'static str>,
 }
 
 /// A running containerd with all that belongs to it.
@@ -111,6 +126,8 @@ pub struct Node {
     pub root: PathBuf,
     /// The containerd namespace; unique on the machine, because cgroup paths contain it.
     pub namespace: String,
+    /// Unique on the machine too, for what is not named after the namespace.
+    pub tag: String,
     pub events: Events,
     pub vmids: (u32, u32),
     pve: OnceLock<Mutex<Pve>>,
@@ -177,7 +194,9 @@ impl Node {
         let node = Arc::new(Node {
             setting: setting.clone(),
             root,
-            namespace: tag,
+            // CRI's own is fixed.
+            namespace: if options.cri.is_some() { "k8s.io".to_owned() } else { tag.clone() },
+            tag,
             events: Events::default(),
             vmids,
             pve: OnceLock::new(),
@@ -207,6 +226,11 @@ impl Node {
         }
         node.start_containerd();
         node.ctr(&["images", "import", &node.root.join("image.tar").display().to_string()]).ok();
+        if node.options.cri.is_some() {
+            let pause = node.root.join("pause.tar");
+            image::write_pause(&pause);
+            node.ctr(&["images", "import", &pause.display().to_string()]).ok();
+        }
         node
     }
 
@@ -243,6 +267,11 @@ impl Node {
     }
 
     fn write_containerd_config(&self) {
+        if let Some(sandboxer) = self.options.cri {
+            let text = super::cri::containerd_config(self, sandboxer);
+            fs::write(self.root.join("containerd.toml"), text).expect("write containerd.toml");
+            return;
+        }
         let root = self.root.display();
         // CRI and NRI listen on fixed places of the host, opt writes to /opt.
         let disabled = [
@@ -297,7 +326,8 @@ impl Node {
             .expect("open containerd's log");
         let mut command = Command::new(self.setting.program("containerd"));
         command.arg("--config").arg(self.root.join("containerd.toml"));
-        command.env("PATH", self.setting.path()).current_dir(&self.root).process_group(0);
+        let path = format!("{}:{}", self.path_text("bin"), self.setting.path());
+        command.env("PATH", path).current_dir(&self.root).process_group(0);
         // A test may depend on these only if it sets them itself.
         for variable in ["CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NOTIFY_SOCKET"] {
             command.env_remove(variable);
@@ -543,7 +573,7 @@ impl Node {
         }
         self.kill_workloads();
         self.unmount();
-        let mut groups = process::cgroup_directories(&self.namespace);
+        let mut groups = process::cgroup_directories(&self.tag);
         groups.extend(self.ct_cgroups());
         for directory in groups {
             for _ in 0..50 {
@@ -583,7 +613,7 @@ impl Node {
     }
 
     fn kill_workloads(&self) {
-        for directory in process::cgroup_directories(&self.namespace) {
+        for directory in process::cgroup_directories(&self.tag) {
             // A frozen process dies only when it is thawed. Each file is of one cgroup version.
             let _ = write_existing(&directory.join("freezer.state"), "THAWED");
             let _ = write_existing(&directory.join("cgroup.freeze"), "0");
@@ -595,7 +625,7 @@ impl Node {
 
     /// Processes inside cgroups of this node's containers.
     fn workloads(&self) -> Vec<u32> {
-        let mine = format!("/{}/", self.namespace);
+        let mine = format!("/{}/", self.tag);
         process::processes()
             .into_iter()
             .map(|(pid, _)| pid)
@@ -618,7 +648,7 @@ impl Node {
     }
 
     fn save_logs(&self) {
-        let target = self.setting.logs.join(&self.namespace);
+        let target = self.setting.logs.join(&self.tag);
         let _ = fs::create_dir_all(&target);
         for name in ["containerd.log", "sim.log", "shim.toml", "containerd.toml"] {
             let _ = fs::copy(self.root.join(name), target.join(name));

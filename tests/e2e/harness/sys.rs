@@ -230,3 +230,13 @@ pub fn landlock_abi() -> i64 {
     };
     abi.max(0)
 }
+
+/// Moves this process, which must have one thread, and all that it starts into a network namespace
+/// with nothing but a loopback interface: CNI's bridges and rules must not meet the host's.
+pub fn enter_own_network() {
+    // SAFETY: numbers only.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    assert_eq!(result, 0, "unshare: {}", std::io::Error::last_os_error());
+    let status = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    assert!(status.is_ok_and(|status| status.success()), "ip cannot bring lo up");
+}

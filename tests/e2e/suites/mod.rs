@@ -1,10 +1,11 @@
 //! The suites, one file per capability that a user can name.
 
-use crate::harness::node::Options;
+use crate::harness::node::{Options, Setting};
 use crate::harness::test::Test;
 
 mod config;
 mod crash;
+mod cri;
 mod delete;
 mod events;
 mod exec;
@@ -18,10 +19,12 @@ mod limits;
 mod namespaces;
 mod oci;
 mod parallel;
+mod pods;
 mod process;
 mod proxmox;
 mod restart;
 mod run;
+mod sandbox;
 mod seccomp;
 mod secrets;
 mod signals;
@@ -83,8 +86,9 @@ macro_rules! own_node {
 pub(crate) use own_node;
 
 /// All cases. Those with a node of their own come first: they take longest.
-pub fn all() -> Vec<Case> {
+pub fn all(setting: &Setting) -> Vec<Case> {
     let suites = [
+        cri::cases,
         restart::cases,
         crash::cases,
         fallback::cases,
@@ -107,8 +111,14 @@ pub fn all() -> Vec<Case> {
         delete::cases,
         config::cases,
         proxmox::cases,
+        pods::cases,
+        sandbox::cases,
         parallel::cases,
         secrets::cases,
     ];
-    suites.iter().flat_map(|suite| suite()).collect()
+    let mut all: Vec<_> = suites.iter().flat_map(|suite| suite()).collect();
+    if setting.version() >= (2, 0) {
+        all.extend(cri::shim_sandboxer_cases());
+    }
+    all
 }

@@ -1,0 +1,254 @@
+//! What the containers of a pod get from a sandbox that the Sandbox service holds.
+//!
+//! Such a client need not know the holder's pid: it writes a placeholder, the path of a namespace of
+//! the node's first process, for "that of the sandbox". It says nothing of `/dev/shm`, which is shared
+//! by those that share the ipc namespace.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use nix::libc;
+use proxmox_shim_init::protocol::MountSource;
+
+use crate::oci;
+use crate::oci::plan::{MountAttributes, Namespace, Namespaces, Plan, PlannedMount};
+use crate::sandbox::namespace::{Kind, by_kind};
+
+/// Why a container can't be a member.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Nothing that the placeholder could stand for.
+    #[error(
+        "linux.namespaces: {path} stands for the pod sandbox's, but this shim holds no sandbox"
+    )]
+    NoSandbox { path: PathBuf },
+    /// The sandbox is on the node.
+    #[error("{field} cannot be set: the pod sandbox shares that namespace with the node")]
+    OfTheNode { field: &'static str },
+}
+
+/// What a running sandbox has to share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shared {
+    /// The holder's.
+    pub pid: i32,
+    /// As the sandbox was planned: new ones and those that were joined are the holder's.
+    pub namespaces: Namespaces,
+    /// The directory to be mounted on `/dev/shm`.
+    pub memory: PathBuf,
+}
+
+/// The one sandbox of a shim, once it runs.
+#[derive(Debug, Default)]
+pub struct Slot(Mutex<Option<Shared>>);
+
+impl Slot {
+    /// Sets or clears what there is to share.
+    pub fn set(&self, shared: Option<Shared>) {
+        // Nothing panics while it holds the lock.
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = shared;
+    }
+
+    /// What there is to share.
+    #[must_use]
+    pub fn get(&self) -> Option<Shared> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The placeholder of a kind.
+fn placeholder(kind: Kind) -> PathBuf {
+    Path::new("/proc/1/ns").join(kind.file())
+}
+
+/// Refuses placeholders where there is no sandbox.
+///
+/// # Errors
+/// [`Error::NoSandbox`].
+pub fn refuse_placeholders(namespaces: &Namespaces) -> Result<(), Error> {
+    for (_, namespace) in by_kind(namespaces) {
+        match namespace {
+            Namespace::Path(path) if oci::is_placeholder(path) => {
+                return Err(Error::NoSandbox { path: path.clone() });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Lets the container share what it asks for.
+    ///
+    /// # Errors
+    /// [`Error::OfTheNode`].
+    pub fn join(&self, plan: &mut Plan) -> Result<(), Error> {
+        let Namespaces { pid, network, ipc, uts, cgroup: _, time: _ } = &mut plan.namespaces;
+        for (kind, namespace) in [(Kind::Pid, pid), (Kind::Ipc, ipc), (Kind::Uts, uts)] {
+            if *namespace == Namespace::Path(placeholder(kind)) {
+                *namespace = self.namespace(kind);
+            }
+        }
+        // One network for the pod, whatever the container says of it, unless it names one.
+        match network {
+            Namespace::Path(path) if *path != placeholder(Kind::Network) => {}
+            _ => *network = self.namespace(Kind::Network),
+        }
+        let names =
+            [("hostname", plan.hostname.is_some()), ("domainname", plan.domainname.is_some())];
+        for (field, _) in names.into_iter().filter(|(_, set)| *set) {
+            if plan.namespaces.uts == Namespace::Host {
+                return Err(Error::OfTheNode { field });
+            }
+        }
+        if !plan.sysctls.is_empty()
+            && [&plan.namespaces.network, &plan.namespaces.ipc].contains(&&Namespace::Host)
+        {
+            return Err(Error::OfTheNode { field: "linux.sysctl" });
+        }
+        if plan.namespaces.ipc == self.path(Kind::Ipc) && self.holds(Kind::Ipc) {
+            self.share_memory(&mut plan.mounts);
+        }
+        Ok(())
+    }
+
+    fn planned(&self, kind: Kind) -> &Namespace {
+        match kind {
+            Kind::Ipc => &self.namespaces.ipc,
+            Kind::Network => &self.namespaces.network,
+            Kind::Pid => &self.namespaces.pid,
+            Kind::Uts => &self.namespaces.uts,
+        }
+    }
+
+    fn holds(&self, kind: Kind) -> bool {
+        *self.planned(kind) != Namespace::Host
+    }
+
+    fn namespace(&self, kind: Kind) -> Namespace {
+        if self.holds(kind) { self.path(kind) } else { Namespace::Host }
+    }
+
+    fn path(&self, kind: Kind) -> Namespace {
+        Namespace::Path(format!("/proc/{}/ns/{}", self.pid, kind.file()).into())
+    }
+
+    fn share_memory(&self, mounts: &mut [PlannedMount]) {
+        for mount in mounts {
+            let is_private = matches!(mount, PlannedMount::Init(own)
+                if own.destination.trim_end_matches('/') == "/dev/shm"
+                    && matches!(&own.source, MountSource::Filesystem { fstype, .. } if fstype == "tmpfs"));
+            if is_private {
+                *mount = PlannedMount::Bind {
+                    source: self.memory.clone(),
+                    destination: "/dev/shm".to_owned(),
+                    recursive: false,
+                    attributes: MountAttributes {
+                        set: libc::MOUNT_ATTR_NOSUID
+                            | libc::MOUNT_ATTR_NODEV
+                            | libc::MOUNT_ATTR_NOEXEC,
+                        ..MountAttributes::default()
+                    },
+                    propagation: vec![libc::MS_PRIVATE],
+                };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn namespaces(one: &Namespace) -> Namespaces {
+        let one = || one.clone();
+        Namespaces {
+            pid: one(),
+            network: one(),
+            ipc: one(),
+            uts: one(),
+            cgroup: Namespace::New,
+            time: Namespace::Host,
+        }
+    }
+
+    fn sandbox(namespace: &Namespace) -> Shared {
+        Shared { pid: 42, namespaces: namespaces(namespace), memory: "/run/shm".into() }
+    }
+
+    /// A container whose namespaces have these paths; the others are the node's.
+    fn plan(paths: &[(&str, &str)], more: &str) -> Plan {
+        let list: Vec<String> = paths
+            .iter()
+            .map(|(kind, path)| format!(r#",{{"type":"{kind}","path":"{path}"}}"#))
+            .collect();
+        let json = format!(
+            r#"{{"ociVersion":"1.0.2","process":{{"args":["x"],"cwd":"/"}},"root":{{"path":"r"}},
+                "mounts":[{{"destination":"/dev/shm","type":"tmpfs","source":"shm"}}]{more},
+                "linux":{{"namespaces":[{{"type":"mount"}}{}]}}}}"#,
+            list.concat()
+        );
+        let mut host = oci::Host::probe().unwrap();
+        host.is_own_namespace = |_, _| false;
+        oci::plan(json.as_bytes(), Path::new("/b"), &host).unwrap()
+    }
+
+    fn path(kind: &str) -> Namespace {
+        Namespace::Path(format!("/proc/42/ns/{kind}").into())
+    }
+
+    #[test]
+    fn placeholders_stand_for_the_sandbox() {
+        let all = [("pid", "/proc/1/ns/pid"), ("ipc", "/proc/1/ns/ipc"), ("uts", "/proc/1/ns/uts")];
+        let mut member = plan(&all, "");
+        sandbox(&Namespace::New).join(&mut member).unwrap();
+        let joined = &member.namespaces;
+        assert_eq!((&joined.pid, &joined.ipc), (&path("pid"), &path("ipc")));
+        assert_eq!((&joined.uts, &joined.network), (&path("uts"), &path("net")));
+        assert!(matches!(&member.mounts[0], PlannedMount::Bind { source, .. }
+            if source == Path::new("/run/shm")));
+
+        let mut member = plan(&all, "");
+        sandbox(&Namespace::Host).join(&mut member).unwrap();
+        assert_eq!(member.namespaces, namespaces_with_cgroup(&Namespace::Host, &member));
+        assert!(matches!(&member.mounts[0], PlannedMount::Init(_)));
+    }
+
+    fn namespaces_with_cgroup(one: &Namespace, plan: &Plan) -> Namespaces {
+        Namespaces { cgroup: plan.namespaces.cgroup.clone(), ..namespaces(one) }
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_not_shared_except_the_network() {
+        let mut member = plan(&[("pid", ""), ("ipc", "")], "");
+        sandbox(&Namespace::New).join(&mut member).unwrap();
+        let own = &member.namespaces;
+        assert_eq!(
+            (&own.pid, &own.ipc, &own.uts),
+            (&Namespace::New, &Namespace::New, &Namespace::Host)
+        );
+        assert_eq!(own.network, path("net"));
+        assert!(matches!(&member.mounts[0], PlannedMount::Init(_)));
+        let other = Namespace::Path("/run/netns/other".into());
+        let mut member = plan(&[("network", "/run/netns/other")], "");
+        sandbox(&Namespace::New).join(&mut member).unwrap();
+        assert_eq!(member.namespaces.network, other);
+    }
+
+    #[test]
+    fn the_nodes_own_name_cannot_be_changed_through_the_sandbox() {
+        let mut member = plan(&[("uts", "/proc/1/ns/uts")], r#","hostname":"x""#);
+        let refused = sandbox(&Namespace::Host).join(&mut member);
+        assert_eq!(refused, Err(Error::OfTheNode { field: "hostname" }));
+        let mut member = plan(&[("uts", "/proc/1/ns/uts")], r#","hostname":"x""#);
+        sandbox(&Namespace::New).join(&mut member).unwrap();
+    }
+
+    #[test]
+    fn without_a_sandbox_a_placeholder_is_refused() {
+        let member = plan(&[("ipc", "/proc/1/ns/ipc")], "");
+        let refused = refuse_placeholders(&member.namespaces).unwrap_err().to_string();
+        assert!(refused.contains("/proc/1/ns/ipc") && refused.contains("no sandbox"), "{refused}");
+        refuse_placeholders(&plan(&[("ipc", "/proc/12/ns/ipc")], "").namespaces).unwrap();
+    }
+}

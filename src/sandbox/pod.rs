@@ -1,0 +1,191 @@
+//! What exists on the node because of one pod sandbox: the holder of its namespaces, its cgroup, and
+//! its shared memory.
+
+use std::fs::DirBuilder;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::libc;
+use proxmox_shim_init::protocol::{HolderSetup, VERSION};
+
+use crate::ledger::{self, ProcessId, Record, RunDir};
+use crate::lxc::cgroup::{self, Cgroup};
+use crate::oci;
+use crate::oci::plan::{Namespace, Namespaces, Resources};
+use crate::sandbox::holder::{self, Holder, Waiting};
+use crate::sandbox::namespace::{self, Joined, by_kind};
+use crate::sys::mount;
+
+/// Why a pod has no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A namespace can't be joined.
+    #[error(transparent)]
+    Namespace(#[from] namespace::Error),
+    /// The holder failed.
+    #[error(transparent)]
+    Holder(#[from] holder::Error),
+    /// The cgroup can't be made, or a limit can't be set.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// The run directory failed.
+    #[error(transparent)]
+    Ledger(#[from] ledger::Error),
+    /// The shared memory can't be mounted.
+    #[error("mount the pod's shared memory at {path}")]
+    SharedMemory { path: PathBuf, source: io::Error },
+    /// The runtime ends.
+    #[error("the shim is shutting down")]
+    ShuttingDown,
+}
+
+/// What the sandbox of a pod is to be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Of these, the cgroup namespace is not made: nobody can join one.
+    pub namespaces: Namespaces,
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
+    pub sysctls: Vec<(String, String)>,
+    /// Relative to each hierarchy's root.
+    pub cgroup: String,
+    pub resources: Resources,
+    pub uid: u32,
+    pub gid: u32,
+    pub additional_gids: Vec<u32>,
+    pub oom_score_adj: Option<i32>,
+    /// Bytes of a `/dev/shm` for the containers that share the ipc namespace, if the client does not
+    /// bring one.
+    pub shared_memory: Option<u64>,
+}
+
+impl Plan {
+    /// For the specification of a pause container.
+    ///
+    /// What restricts the pause program (its rootfs, mounts, devices, capabilities, rlimits, seccomp
+    /// filter and AppArmor profile) has no counterpart: nothing of the image is executed, and the
+    /// holder has less than any of them leaves.
+    #[must_use]
+    pub fn of_pause_container(plan: &oci::plan::Plan, namespace: &str, id: &str) -> Self {
+        Self {
+            namespaces: plan.namespaces.clone(),
+            hostname: plan.hostname.clone(),
+            domainname: plan.domainname.clone(),
+            sysctls: plan.sysctls.clone(),
+            cgroup: plan.cgroups_path.clone().unwrap_or_else(|| default_cgroup(namespace, id)),
+            resources: plan.resources.clone(),
+            uid: plan.process.uid,
+            gid: plan.process.gid,
+            additional_gids: plan.process.additional_gids.clone(),
+            oom_score_adj: plan.process.oom_score_adj,
+            shared_memory: None,
+        }
+    }
+
+    fn new_namespaces(&self) -> u32 {
+        by_kind(&self.namespaces)
+            .into_iter()
+            .filter(|(_, namespace)| **namespace == Namespace::New)
+            .fold(0, |flags, (kind, _)| flags | kind.flag().unsigned_abs())
+    }
+
+    fn setup(&self) -> HolderSetup {
+        HolderSetup {
+            version: VERSION,
+            new_namespaces: self.new_namespaces(),
+            hostname: self.hostname.clone(),
+            domainname: self.domainname.clone(),
+            loopback_up: self.namespaces.network == Namespace::New,
+            sysctls: self.sysctls.clone(),
+            uid: self.uid,
+            gid: self.gid,
+            additional_gids: self.additional_gids.clone(),
+            oom_score_adj: self.oom_score_adj,
+        }
+    }
+}
+
+/// containerd's own default for a container without `cgroupsPath`.
+#[must_use]
+pub fn default_cgroup(namespace: &str, id: &str) -> String {
+    format!("{namespace}/{id}")
+}
+
+/// A pod sandbox whose holder exists.
+#[derive(Debug)]
+pub struct Pod {
+    pub dir: RunDir,
+    pub record: Record,
+    pub holder: Holder,
+    pub cgroup: Arc<Cgroup>,
+}
+
+/// Makes the sandbox in `dir`, which exists. `record` always tells what has been made, so that a
+/// failure can be undone from it, as after a crash.
+///
+/// # Errors
+/// [`Error`]; the caller undoes what is there.
+pub async fn create(
+    binary: &OwnedFd,
+    dir: &RunDir,
+    record: &mut Record,
+    plan: &Plan,
+) -> Result<(Pod, Waiting), Error> {
+    record.holder = true;
+    save(dir, record).await?;
+    let namespaces = plan.namespaces.clone();
+    // Before anything is made: this is what most likely is wrong.
+    let joined = blocking(move || Ok(Joined::open(&namespaces)?)).await?;
+    if let Some(bytes) = plan.shared_memory {
+        let path = dir.shm();
+        blocking(move || mount_shared_memory(path, bytes)).await?;
+    }
+    record.cgroups = vec![plan.cgroup.clone()];
+    save(dir, record).await?;
+    let (path, resources) = (plan.cgroup.clone(), plan.resources.clone());
+    let (cgroup, entry) = blocking(move || {
+        // What another pod of this name left behind must not count for this one, and what runs there
+        // is none of ours.
+        cgroup::remove_stale(&[&path])?;
+        let cgroup = Cgroup::create(&path)?;
+        cgroup.apply(&resources, true)?;
+        let entry = cgroup.entry_files()?;
+        Ok((cgroup, entry))
+    })
+    .await?;
+    let (holder, waiting) = Holder::start(binary, &plan.setup(), entry, joined.into_fds()).await?;
+    record.init = Some(ProcessId::of(holder.pid)?);
+    save(dir, record).await?;
+    let pod = Pod { dir: dir.clone(), record: record.clone(), holder, cgroup: Arc::new(cgroup) };
+    Ok((pod, waiting))
+}
+
+async fn save(dir: &RunDir, record: &Record) -> Result<(), Error> {
+    let (dir, record) = (dir.clone(), record.clone());
+    blocking(move || Ok(dir.save(&record)?)).await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::ShuttingDown)?
+}
+
+/// As the kubelet's own: world-writable, nothing in it is executed.
+fn mount_shared_memory(path: PathBuf, bytes: u64) -> Result<(), Error> {
+    const ATTRIBUTES: u64 =
+        libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let mount = || -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let fs = mount::Filesystem::open("tmpfs")?;
+        fs.set("source", b"shm")?;
+        fs.set("mode", b"1777")?;
+        fs.set("size", bytes.to_string().as_bytes())?;
+        let tree = fs.mount(ATTRIBUTES)?;
+        mount::attach(tree.as_fd(), std::fs::File::open(&path)?.as_fd())
+    };
+    mount().map_err(|source| Error::SharedMemory { path: path.clone(), source })
+}

@@ -1,0 +1,507 @@
+//! Pods through containerd's CRI plugin, as the kubelet runs them, with CNI's plugins. Each test has a
+//! node of its own.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use crate::harness::cri::{Container, Cri, NODE, POD, Pod};
+use crate::harness::grpc::Message;
+use crate::harness::node::{Node, Options};
+use crate::harness::process::{self, eventually};
+use crate::harness::test::Test;
+use crate::harness::websocket::{Channels, ERROR, STDIN, STDOUT};
+use crate::suites::own_node;
+
+own_node!("cri", Options { cri: Some("podsandbox"), ..Options::default() };
+    a_pod_runs_and_goes,
+    processes_are_executed_attached_and_forwarded_to,
+    logs_are_written_and_rotated,
+    resources_are_limited_counted_and_changed,
+    security_contexts_are_applied,
+    namespaces_are_shared_as_asked,
+    a_pod_can_be_in_the_nodes_namespaces,
+    pods_survive_restarts_of_containerd,
+    thirty_pods_come_and_go_twice,
+);
+
+/// The same with the Sandbox service, which CRI can use from containerd 2.0 on; except for the load,
+/// which is the same, and for pods on the node's network, for which containerd 2.1.9 itself crashes (a nil
+/// pointer in its `NewBundle`).
+pub fn shim_sandboxer_cases() -> Vec<crate::suites::Case> {
+    const OTHERS: [&str; 2] =
+        ["thirty_pods_come_and_go_twice", "a_pod_can_be_in_the_nodes_namespaces"];
+    let own = cases().into_iter().filter(|case| !OTHERS.contains(&case.name));
+    own.map(|case| crate::suites::Case {
+        suite: "cri_shim",
+        needs: crate::suites::Needs::OwnNode(|| Options {
+            cri: Some("shim"),
+            ..Options::default()
+        }),
+        ..case
+    })
+    .collect()
+}
+
+/// Removes all pods; nothing of them may be left.
+fn finish(cri: &Cri) {
+    for pod in cri.pods() {
+        cri.remove_pod(&pod);
+    }
+    let end = std::time::Instant::now() + Duration::from_secs(15);
+    loop {
+        let left = remains(cri.node);
+        if left.is_empty() {
+            return;
+        }
+        assert!(std::time::Instant::now() < end, "left behind: {left:#?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn remains(node: &Node) -> Vec<String> {
+    let mut left = node.remains("", &[]);
+    for entry in fs::read_dir(node.root.join("cni-data/e2e")).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with("last_reserved_ip") && name != "lock" {
+            left.push(format!("address {name}"));
+        }
+    }
+    // Network namespaces among them.
+    let root = format!("{}/", node.root.display());
+    for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+        left.extend(
+            line.split(' ')
+                .nth(4)
+                .filter(|at| at.starts_with(&root))
+                .map(|at| format!("mount {at}")),
+        );
+    }
+    let mine = format!("/{}/", node.tag);
+    for (pid, line) in process::processes() {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        if cgroup.contains(&mine) && process::is_alive(pid) {
+            left.push(format!("process {pid} {line}"));
+        }
+    }
+    // The pods' own directories are the kubelet's to remove; what is in them is not.
+    for directory in process::cgroup_directories(&node.tag) {
+        let text = directory.display().to_string();
+        if text.rsplit_once(&mine).is_some_and(|(_, rest)| rest.contains('/')) {
+            left.push(format!("cgroup {text}"));
+        }
+    }
+    left
+}
+
+fn a_pod_runs_and_goes(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let mut pod = Pod::new(&t.node, "web-0");
+    pod.host_port = Some((8080, 18080));
+    pod.sysctls = vec![("kernel.shm_rmid_forced", "1")];
+    let id = cri.run_pod(&pod);
+    let (state, address) = cri.pod_status(&id);
+    assert_eq!(state, 0, "ready");
+    assert!(address.starts_with("10."), "{address}");
+    assert_eq!(t.node.pve().vmid_of(&id), None, "the sandbox is no CT");
+
+    // An init container runs to its end first.
+    let init = cri.run(&id, &pod, &Container::new("init", &["sh", "-c", "echo done; exit 0"]));
+    eventually("the init container has ended", Duration::from_secs(20), || {
+        (cri.status(&init).state == 2).then_some(())
+    });
+    let status = cri.status(&init);
+    assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
+
+    let server = "while :; do nc -l -p 8080 -e echo hello from $HOSTNAME; done";
+    let server = cri.run(&id, &pod, &Container::new("server", &["sh", "-c", server]));
+    let client = cri.run(&id, &pod, &Container::idle("client"));
+    for container in [&server, &client] {
+        assert_eq!(cri.status(container).state, 1, "running");
+        assert_eq!(cri.output(container, "hostname"), "web-0");
+        assert_eq!(cri.output(container, "cat /proc/sys/kernel/shm_rmid_forced"), "1");
+        assert!(cri.output(container, "cat /etc/hosts /etc/resolv.conf; ls /dev/shm").len() < 4096);
+        let vmid = t.node.pve().vmid_of(container).expect("a container is a CT");
+        let configurations = t.node.pve().configurations();
+        let text = &configurations.iter().find(|(found, _)| *found == vmid).expect("its file").1;
+        assert!(text.contains("hostname: web-0-"), "{text}");
+        assert!(text.contains(";shop;web-0"), "{text}");
+    }
+    // One shim for the pod, whatever the version of containerd.
+    let shims: Vec<_> = t.node.shims("");
+    assert_eq!(shims.len(), 1, "{shims:?}");
+
+    assert_eq!(cri.output(&client, "nc 127.0.0.1 8080"), "hello from web-0");
+    assert_eq!(cri.output(&client, "echo shared > /dev/shm/x; cat /dev/shm/x"), "shared");
+    assert_eq!(cri.output(&server, "cat /dev/shm/x"), "shared");
+    // From the node: the pod's address, and the port that portmap forwards.
+    for target in [format!("{address}:8080"), "127.0.0.1:18080".to_owned()] {
+        let greeting = eventually(&target, Duration::from_secs(10), || {
+            let mut text = String::new();
+            let mut stream = TcpStream::connect(&target).ok()?;
+            stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+            stream.read_to_string(&mut text).ok()?;
+            (!text.is_empty()).then_some(text)
+        });
+        assert_eq!(greeting.trim(), "hello from web-0");
+    }
+
+    // A container that fails and its successor, in the same pod.
+    let failed = cri.run(&id, &pod, &Container::new("fails", &["sh", "-c", "exit 3"]));
+    eventually("it has failed", Duration::from_secs(20), || {
+        (cri.status(&failed).state == 2).then_some(())
+    });
+    let status = cri.status(&failed);
+    assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    cri.remove(&failed);
+    let created = cri.try_create(&id, &pod, &Container::new("missing", &["/nonexistent"]));
+    let missing = created.expect("it is found out at the start");
+    let failure = cri.call("StartContainer", &Message::new().bytes(1, &missing));
+    let message = failure.expect_err("there is no such program").message;
+    assert!(message.contains("/nonexistent"), "{message}");
+    assert_eq!(cri.output(&client, "echo untouched"), "untouched");
+
+    cri.stop(&client, 5);
+    assert_eq!(cri.status(&client).exit_code, 0, "SIGTERM came first");
+    cri.stop(&server, 1);
+    cri.stop_pod(&id);
+    assert_eq!(cri.pod_status(&id).0, 1, "not ready");
+    cri.stop_pod(&id);
+    finish(&cri);
+}
+
+fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "exec");
+    let id = cri.run_pod(&pod);
+    let idle = cri.run(&id, &pod, &Container::idle("idle"));
+    let executed = cri.exec(&idle, "echo out; echo err >&2; exit 5");
+    assert_eq!(
+        (executed.stdout.as_str(), executed.stderr.as_str(), executed.status),
+        ("out\n", "err\n", 5)
+    );
+    // A probe that takes too long is killed with its children.
+    let slow = cri.try_exec(&idle, &["sh", "-c", "sleep 4321 & wait"], 1);
+    let failure = slow.expect_err("it takes too long");
+    assert!(failure.message.contains("timeout"), "{failure:?}");
+    let missing = cri.try_exec(&idle, &["/nonexistent"], 5).expect_err("there is no such program");
+    assert!(missing.message.contains("/nonexistent"), "{missing:?}");
+
+    let request = |command: &[&str]| {
+        let mut request = Message::new().bytes(1, &idle);
+        for word in command {
+            request = request.bytes(2, word);
+        }
+        request
+    };
+    let stream = request(&["sh", "-c", "read line; echo got $line; exit 6"]);
+    let url = cri.stream("Exec", &stream.number(4, 1).number(5, 1).number(6, 1));
+    let mut channels = Channels::open(&url);
+    channels.send(STDIN, b"ping\n");
+    channels.read_until(|received| received.contains_key(&ERROR));
+    assert_eq!(channels.text(STDOUT), "got ping\n");
+    assert!(channels.text(ERROR).contains("\"message\":\"6\""), "{}", channels.text(ERROR));
+    let stream = request(&["sh", "-c", "tty; stty size"]);
+    let url = cri.stream("Exec", &stream.number(3, 1).number(4, 1).number(5, 1));
+    let mut channels = Channels::open(&url);
+    channels.read_until(|received| received.contains_key(&ERROR));
+    assert!(channels.text(STDOUT).starts_with("/dev/pts/"), "{}", channels.text(STDOUT));
+
+    let script = "while read line; do echo read $line; done; echo end";
+    let mut container = Container::new("attached", &["sh", "-c", script]);
+    (container.stdin, container.stdin_once) = (true, true);
+    let attached = cri.run(&id, &pod, &container);
+    let request = Message::new().bytes(1, &attached).number(2, 1).number(4, 1).number(5, 1);
+    let mut channels = Channels::open(&cri.stream("Attach", &request));
+    channels.send(STDIN, b"one\n");
+    let has = |text: &'static str| {
+        move |received: &std::collections::BTreeMap<u8, Vec<u8>>| {
+            received.get(&STDOUT).is_some_and(|out| String::from_utf8_lossy(out).contains(text))
+        }
+    };
+    channels.read_until(has("read one\n"));
+    assert!(channels.text(STDOUT).contains("read one\n"), "{}", channels.text(STDOUT));
+    drop(channels);
+    eventually("stdin's end is the end of it", Duration::from_secs(20), || {
+        (cri.status(&attached).state == 2).then_some(())
+    });
+    assert_eq!(cri.status(&attached).exit_code, 0);
+
+    let server = "while :; do nc -l -p 7070 -e cat; done";
+    cri.run(&id, &pod, &Container::new("server", &["sh", "-c", server]));
+    cri.output(
+        &idle,
+        "for i in 1 2 3 4 5 6 7 8 9; do nc -z 127.0.0.1 7070 && break; sleep 0.2; done",
+    );
+    let url = cri.stream("PortForward", &Message::new().bytes(1, &id).number(2, 7070));
+    let mut channels = Channels::open(&format!("{url}?port=7070"));
+    // Channel 0 carries the data of the first port, after the port's number.
+    channels.send(0, b"through the pod");
+    let answered = |received: &std::collections::BTreeMap<u8, Vec<u8>>| {
+        received.get(&0).is_some_and(|data| data.ends_with(b"through the pod"))
+    };
+    channels.read_until(answered);
+    assert!(answered(&channels.received), "{:?}", channels.received);
+    drop(channels);
+    finish(&cri);
+}
+
+fn logs_are_written_and_rotated(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "logs");
+    let id = cri.run_pod(&pod);
+    let termination = t.node.root.join("termination");
+    fs::write(&termination, "").expect("create the termination log");
+    let script = "i=0; while test -e /bin/sh; do i=$((i+1)); echo line $i; echo error $i >&2; \
+                  test -e /tmp/stop && { echo last words > /dev/termination-log; exit 9; }; \
+                  sleep 0.05; done";
+    let mut container = Container::new("writer", &["sh", "-c", script]);
+    let path = termination.display().to_string();
+    container.mounts.push(("/dev/termination-log".to_owned(), path, false, 0));
+    let writer = cri.run(&id, &pod, &container);
+    let log = std::path::Path::new(pod.logs()).join(container.log());
+    let wait_for = |text: &str| {
+        eventually(text, Duration::from_secs(20), || {
+            fs::read_to_string(&log).ok().filter(|log| log.contains(text))
+        })
+    };
+    let first = wait_for(" stdout F line 3\n");
+    assert!(first.contains(" stderr F error 1\n"), "{first}");
+    let rotated = log.with_extension("old");
+    fs::rename(&log, &rotated).expect("rotate the log");
+    cri.reopen_log(&writer);
+    let second = wait_for(" stdout F line ");
+    cri.output(&writer, "touch /tmp/stop");
+    eventually("it has ended", Duration::from_secs(20), || {
+        (cri.status(&writer).state == 2).then_some(())
+    });
+    assert_eq!(cri.status(&writer).exit_code, 9);
+    assert_eq!(fs::read_to_string(&termination).expect("read it"), "last words\n");
+    // No line is lost or repeated by the rotation.
+    let all = fs::read_to_string(&rotated).expect("read the rotated log")
+        + &fs::read_to_string(&log).expect("read the log");
+    let numbers: Vec<u32> =
+        all.lines().filter_map(|line| line.split_once(" stdout F line ")?.1.parse().ok()).collect();
+    let expected: Vec<u32> = (1..=numbers.len() as u32).collect();
+    assert_eq!(numbers, expected);
+    assert!(!second.contains(" line 1\n"), "{second}");
+    finish(&cri);
+}
+
+fn resources_are_limited_counted_and_changed(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "limits");
+    let id = cri.run_pod(&pod);
+    let mut container = Container::idle("limited");
+    (container.memory, container.cpu_quota) = (Some(64 << 20), Some(50_000));
+    let limited = cri.run(&id, &pod, &container);
+    let pid = cri.pid(&limited);
+    let memory =
+        || process::cgroup_value(pid, &limited, "memory", "memory.limit_in_bytes", "memory.max");
+    assert_eq!(memory(), (64 << 20).to_string());
+    // The kubelet's pod cgroup contains it.
+    let place = format!("/{}/limits/{limited}", t.node.tag);
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("read its cgroups");
+    assert!(cgroups.lines().all(|line| line.contains(&place)), "{cgroups}");
+
+    cri.output(&limited, "dd if=/dev/zero of=/dev/null bs=1M count=2000 2>/dev/null; echo");
+    let (cpu, working_set) = cri.stats(&limited);
+    assert!(cpu > 0 && working_set > 0, "{cpu} {working_set}");
+    // 1.6 has no statistics of pods.
+    if t.node.setting.version() >= (1, 7) {
+        let (pod_cpu, _) = cri.pod_stats(&id);
+        assert!(pod_cpu > 0, "{pod_cpu}");
+    }
+    container.memory = Some(32 << 20);
+    cri.update(&limited, &container);
+    assert_eq!(memory(), (32 << 20).to_string());
+    let vmid = t.node.pve().vmid_of(&limited).expect("it is a CT");
+    let shown = {
+        let pve = t.node.pve();
+        pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[])
+    };
+    assert_eq!(shown["memory"].to_string().trim_matches('"'), "32");
+
+    let mut greedy = Container::new("greedy", &["probe", "eat-memory", "256"]);
+    greedy.memory = Some(32 << 20);
+    let greedy = cri.run(&id, &pod, &greedy);
+    eventually("it was killed", Duration::from_secs(30), || {
+        (cri.status(&greedy).state == 2).then_some(())
+    });
+    let status = cri.status(&greedy);
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{status:?}");
+    assert_eq!(cri.output(&limited, "echo untouched"), "untouched");
+    finish(&cri);
+}
+
+fn security_contexts_are_applied(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "security");
+    let id = cri.run_pod(&pod);
+    let shared = t.node.root.join("shared");
+    fs::create_dir_all(&shared).expect("create a volume");
+    fs::set_permissions(&shared, fs::Permissions::from_mode(0o777)).expect("open it to all");
+    let shared = shared.display().to_string();
+    let mut container = Container::idle("strict");
+    container.user = Some((1000, 1001));
+    container.groups = vec![2000, 3000];
+    (container.read_only, container.no_new_privileges, container.seccomp) = (true, true, true);
+    container.dropped = vec!["ALL"];
+    container.added = vec!["NET_BIND_SERVICE"];
+    container.mounts.push(("/data".to_owned(), shared.clone(), false, 0));
+    container.mounts.push(("/readonly".to_owned(), shared.clone(), true, 0));
+    let strict = cri.run(&id, &pod, &container);
+    // 1234 is what the image says of that user.
+    assert_eq!(cri.output(&strict, "id -u; id -g; id -G"), "1000\n1001\n1001 1234 2000 3000");
+    let status = cri.output(&strict, "cat /proc/1/status");
+    for line in ["CapBnd:\t0000000000000400", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+        assert!(status.contains(line), "{line} is not in {status}");
+    }
+    assert_ne!(cri.exec(&strict, "touch /x").status, 0, "the root is read-only");
+    assert_ne!(cri.exec(&strict, "touch /readonly/x").status, 0);
+    cri.output(&strict, "touch /data/x && test -e /readonly/x");
+    assert_ne!(cri.exec(&strict, "echo 1 > /proc/sys/kernel/core_uses_pid").status, 0);
+    assert_eq!(cri.output(&strict, "head -c 1 /proc/kcore | wc -c"), "0", "it is masked");
+
+    let mut pod = Pod::new(&t.node, "privileged");
+    pod.privileged = true;
+    let id = cri.run_pod(&pod);
+    let mut container = Container::idle("privileged");
+    container.privileged = true;
+    // Bidirectional propagation; the node's directory must be shared for it.
+    container.mounts.push(("/data".to_owned(), shared.clone(), false, 0));
+    let privileged = cri.run(&id, &pod, &container);
+    let own = process::status_field(std::process::id(), "CapBnd").expect("our capabilities");
+    let status = cri.output(&privileged, "cat /proc/1/status");
+    assert!(status.contains(&format!("CapEff:\t{own}")), "{status}");
+    cri.output(&privileged, "mount -t tmpfs none /mnt && test -w /proc/sys/kernel && test -e /dev/mem -o -e /dev/loop-control -o -e /dev/fuse -o -e /dev/null");
+
+    // What does not exist is refused, and nothing stays of it.
+    let mut container = Container::idle("broken");
+    container.mounts.push(("/x".to_owned(), "/proc/nonexistent".to_owned(), false, 0));
+    cri.try_create(&id, &pod, &container).expect_err("the source can't exist");
+    finish(&cri);
+}
+
+fn namespace(pid: u32, kind: &str) -> std::path::PathBuf {
+    fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("read a namespace")
+}
+
+fn a_pod_can_be_in_the_nodes_namespaces(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let mut pod = Pod::new(&t.node, "host");
+    pod.namespaces = [NODE, NODE, NODE];
+    pod.privileged = true;
+    let id = cri.run_pod(&pod);
+    let mut container = Container::idle("host");
+    container.privileged = true;
+    let host = cri.run(&id, &pod, &container);
+    for kind in ["net", "pid", "ipc"] {
+        assert_eq!(namespace(cri.pid(&host), kind), namespace(std::process::id(), kind), "{kind}");
+    }
+    assert_eq!(cri.output(&host, "hostname"), cri.output(&host, "cat /proc/sys/kernel/hostname"));
+    finish(&cri);
+}
+
+fn namespaces_are_shared_as_asked(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let mut pod = Pod::new(&t.node, "processes");
+    pod.namespaces = [POD, POD, POD];
+    let id = cri.run_pod(&pod);
+    let one = cri.run(&id, &pod, &Container::idle("one"));
+    let two = cri.run(&id, &pod, &Container::idle("two"));
+    assert_eq!(cri.output(&one, "cat /proc/1/comm"), "pod-sandbox");
+    assert_eq!(cri.output(&one, "ps | grep -c '[s]leep 1000$'"), "2");
+    cri.stop(&one, 0);
+    assert_eq!(cri.status(&two).state, 1, "the other one runs");
+    assert_eq!(cri.output(&two, "ps | grep -c '[s]leep 1000$'"), "1");
+
+    // A debug container that joins another container's processes.
+    let pod = Pod::new(&t.node, "debug");
+    let id = cri.run_pod(&pod);
+    let target = cri.run(&id, &pod, &Container::idle("target"));
+    assert_eq!(cri.output(&target, "cat /proc/1/comm"), "sh");
+    let mut container = Container::idle("debugger");
+    container.target = Some(target.clone());
+    let debugger = cri.run(&id, &pod, &container);
+    assert_eq!(namespace(cri.pid(&debugger), "pid"), namespace(cri.pid(&target), "pid"));
+    assert_eq!(cri.output(&debugger, "ps | grep -c '[s]leep 1000$'"), "2");
+    cri.stop(&debugger, 0);
+    assert_eq!(cri.output(&target, "echo untouched"), "untouched");
+    finish(&cri);
+}
+
+fn pods_survive_restarts_of_containerd(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "survivor");
+    let id = cri.run_pod(&pod);
+    let idle = cri.run(&id, &pod, &Container::idle("idle"));
+    let ends = Container::new(
+        "ends",
+        &["sh", "-c", "while ! test -e /tmp/go; do sleep 0.1; done; exit 4"],
+    );
+    let ends = cri.run(&id, &pod, &ends);
+    let place = format!("/{}/survivor/{id}/ns", t.node.tag);
+    let holder = process::processes().into_iter().map(|(pid, _)| pid).find(|pid| {
+        fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&place))
+    });
+    let pids = [holder.expect("the sandbox has a process"), cri.pid(&idle), cri.pid(&ends)];
+    for signal in [libc::SIGTERM, libc::SIGKILL] {
+        t.node.stop_containerd(signal);
+        assert!(pids.iter().all(|pid| process::is_alive(*pid)), "the pod died with containerd");
+        if signal == libc::SIGKILL {
+            let go = fs::File::create(format!("/proc/{}/root/tmp/go", pids[2]));
+            go.expect("tell it to end").write_all(b"").expect("write nothing");
+            eventually("it ends meanwhile", Duration::from_secs(10), || {
+                (!process::is_alive(pids[2])).then_some(())
+            });
+        }
+        t.node.start_containerd();
+        eventually("CRI is back", Duration::from_secs(20), || {
+            cri.call("Version", &Message::new()).ok()
+        });
+        assert_eq!(cri.pod_status(&id).0, 0, "ready");
+        assert_eq!(cri.output(&idle, "hostname"), "survivor");
+    }
+    eventually("its end is known", Duration::from_secs(20), || {
+        (cri.status(&ends).state == 2).then_some(())
+    });
+    assert_eq!(cri.status(&ends).exit_code, 4);
+    let late = cri.run(&id, &pod, &Container::idle("late"));
+    assert_eq!(cri.output(&late, "hostname"), "survivor");
+    assert_eq!(t.node.shims("").len(), 1);
+    finish(&cri);
+}
+
+/// 30 pods of 3 containers each, all at once, and again.
+fn thirty_pods_come_and_go_twice(t: &Test) {
+    let cri = Cri { node: &t.node };
+    for round in 0..2 {
+        std::thread::scope(|scope| {
+            let pods: Vec<_> = (0..30)
+                .map(|number| {
+                    let cri = &cri;
+                    scope.spawn(move || {
+                        let pod = Pod::new(cri.node, &format!("load-{round}-{number}"));
+                        let id = cri.run_pod(&pod);
+                        let containers = ["one", "two", "three"]
+                            .map(|name| cri.run(&id, &pod, &Container::idle(name)));
+                        for container in &containers {
+                            assert_eq!(cri.output(container, "hostname"), pod.name);
+                        }
+                        cri.stop(&containers[0], 5);
+                        assert_eq!(cri.status(&containers[0]).exit_code, 0);
+                        // With the other two still running.
+                        cri.remove_pod(&id);
+                    })
+                })
+                .collect();
+            for pod in pods {
+                pod.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            }
+        });
+        finish(&cri);
+    }
+}

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
@@ -14,6 +15,8 @@ use crate::sys;
 const MAX_SETUP: u64 = 256 << 20;
 /// A message for people; longer than any path it may name.
 const MAX_MESSAGE: usize = MAX_DATAGRAM / 2;
+/// How long the host may be too crowded with descriptors under way to take one more.
+const CROWDED: Duration = Duration::from_secs(2);
 
 /// One connection.
 pub struct Channel(OwnedFd);
@@ -33,9 +36,14 @@ impl Channel {
     pub fn send(&self, reply: &Reply, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let data = postcard::to_allocvec(reply)
             .map_err(|_| Error::Protocol("a reply could not be encoded"))?;
-        match sys::send(self.0.as_fd(), &data, fds) {
-            Err(e) if is_gone(&e) => Err(Error::Disconnected),
-            other => other.attempt(|| "send to the shim"),
+        let deadline = Instant::now() + CROWDED;
+        loop {
+            match sys::send(self.0.as_fd(), &data, fds) {
+                Err(e) if is_gone(&e) => return Err(Error::Disconnected),
+                // Without a system call, as the container's seccomp filter may be in force.
+                Err(e) if is_crowded(&e) && Instant::now() < deadline => std::hint::spin_loop(),
+                other => return other.attempt(|| "send to the shim"),
+            }
         }
     }
 
@@ -63,6 +71,12 @@ impl Channel {
             .map_err(|_| Error::Protocol("a request could not be decoded"))?;
         Ok((request, fds))
     }
+}
+
+/// More descriptors are under way on this host than the limit of open files allows: those of other
+/// containers with many mounts, for a moment.
+fn is_crowded(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ETOOMANYREFS)
 }
 
 fn is_gone(error: &io::Error) -> bool {

@@ -19,7 +19,7 @@ use crate::sandbox::namespace::{Kind, by_kind};
 pub enum Error {
     /// Nothing that the placeholder could stand for.
     #[error(
-        "linux.namespaces: {path} stands for the pod sandbox's, but this shim holds no sandbox"
+        "linux.namespaces: {path:?} stands for the pod sandbox's, but this shim holds no sandbox"
     )]
     NoSandbox { path: PathBuf },
     /// The sandbox is on the node.

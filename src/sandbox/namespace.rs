@@ -20,18 +20,18 @@ use crate::sys;
 pub enum Error {
     /// There is nothing at the path any more.
     #[error(
-        "{kind} namespace {path}: is gone: the pod sandbox has ended or its network was removed"
+        "{kind} namespace {path:?}: is gone: the pod sandbox has ended or its network was removed"
     )]
     Gone { kind: Kind, path: PathBuf },
     /// It can't be opened.
-    #[error("{kind} namespace {path}: cannot be opened")]
+    #[error("{kind} namespace {path:?}: cannot be opened")]
     Open { kind: Kind, path: PathBuf, source: io::Error },
     /// It is a file of another sort.
-    #[error("{kind} namespace {path}: is not a {kind} namespace")]
+    #[error("{kind} namespace {path:?}: is not a {kind} namespace")]
     Other { kind: Kind, path: PathBuf },
     /// The container's process is in another one.
     #[error(
-        "{kind} namespace {path}: changed while the container was started; the pod sandbox has \
+        "{kind} namespace {path:?}: changed while the container was started; the pod sandbox has \
          ended"
     )]
     Changed { kind: Kind, path: PathBuf },
@@ -189,7 +189,7 @@ mod tests {
             ("/dev", "is not a network namespace"),
         ] {
             let error = joining(path).unwrap_err();
-            assert_eq!(error, format!("network namespace {path}: {problem}"));
+            assert_eq!(error, format!("network namespace {path:?}: {problem}"));
         }
     }
 }

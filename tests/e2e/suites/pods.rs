@@ -523,7 +523,7 @@ fn a_member_whose_sandbox_is_gone_is_refused(t: &Test) {
     let mut wrong = spec.clone();
     wrong["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network", "path": path}]);
     let member = driver.join(&member_id, &wrong, &shim);
-    let words = format!("network namespace {path}: is not a network namespace");
+    let words = format!("network namespace {path:?}: is not a network namespace");
     refused(member.create(&Stdio3::default()), "InvalidArgument", &words);
     shim.finish();
     driver.remove_bundle(&member_id);
@@ -536,7 +536,7 @@ fn a_member_whose_sandbox_is_gone_is_refused(t: &Test) {
     ] {
         let id = t.id(name);
         let shim = driver.start(&id, &sandbox_spec(&driver, &id, &path));
-        refused(shim.create(&Stdio3::default()), code, &format!("network namespace {path}: is"));
+        refused(shim.create(&Stdio3::default()), code, &format!("network namespace {path:?}: is"));
         shim.finish();
         driver.remove_bundle(&id);
     }

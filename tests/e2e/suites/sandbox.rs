@@ -310,7 +310,7 @@ fn a_placeholder_needs_a_sandbox(t: &Test) {
     spec["linux"]["namespaces"] =
         json!([{"type": "mount"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]);
     let shim = driver.start(&id, &spec);
-    let words = "/proc/1/ns/ipc stands for the pod sandbox's, but this shim holds no sandbox";
+    let words = "\"/proc/1/ns/ipc\" stands for the pod sandbox's, but this shim holds no sandbox";
     refused(shim.create(&Stdio3::default()), "FailedPrecondition", words);
     shim.finish();
     driver.remove_bundle(&id);

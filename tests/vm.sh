@@ -96,16 +96,8 @@ configure() {
 	ln -sf ../suites.service "$root/etc/systemd/system/default.target.wants/suites.service"
 }
 
-build_image() {
-	local recipe address root=$work/root
-	recipe=$(declare -p suite packages modules && declare -f configure build_image)
-	if [[ -e $vm/disk && $(cat "$vm/recipe" 2>/dev/null) == "$recipe" ]]; then
-		return
-	fi
-	address=$(tests/mirror.sh)
-	say "building the machine's disk of Debian $suite (once; some minutes)"
-	rm -f -- "$vm/recipe"
-	mkdir -p "$root"
+# The packages of the new system ($1) from a mirror ($2).
+bootstrap() {
 	# shellcheck disable=SC2016
 	nice mmdebstrap --quiet --mode=root --variant=apt --components=main \
 		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
@@ -117,7 +109,20 @@ build_image() {
 		--essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"' \
 		--essential-hook='echo MODULES=list >"$1/etc/initramfs-tools/conf.d/modules"' \
 		--essential-hook="printf '%s\\n' ${modules[*]} >\"\$1/etc/initramfs-tools/modules\"" \
-		"$suite" "$root" "$address" >"$log/mmdebstrap.log" 2>&1 || {
+		"$suite" "$1" "$2"
+}
+
+build_image() {
+	local recipe address root=$work/root
+	recipe=$(declare -p suite packages modules && declare -f bootstrap configure)
+	if [[ -e $vm/disk && $(cat "$vm/recipe" 2>/dev/null) == "$recipe" ]]; then
+		return
+	fi
+	address=$(tests/mirror.sh)
+	say "building the machine's disk of Debian $suite (once; some minutes)"
+	rm -f -- "$vm/recipe"
+	mkdir -p "$root"
+	bootstrap "$root" "$address" >"$log/mmdebstrap.log" 2>&1 || {
 		tail -n 20 "$log/mmdebstrap.log" >&2
 		return 1
 	}

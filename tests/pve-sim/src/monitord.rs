@@ -32,41 +32,50 @@ impl Monitord {
         let args = [program.clone(), c"--daemon".to_owned(), string(lxc_path)?];
         let stderr = string(stderr)?;
         let unit = Unit { program: &program, args: &args, env: &[], stderr: &stderr };
-        let monitord = Self { pid: sys::spawn(&unit)?, lxc_path: lxc_path.to_owned() };
+        let pid = sys::spawn(&unit)?;
         let deadline = Instant::now() + START_LIMIT;
-        while !monitord.listens() {
-            if sys::try_wait(monitord.pid)?.is_some() || Instant::now() >= deadline {
+        while !listens(lxc_path) {
+            if sys::try_wait(pid)?.is_some() {
+                return Err(io::Error::other("it ended at once"));
+            }
+            if Instant::now() >= deadline {
+                end(pid);
                 return Err(io::Error::other("it does not listen"));
             }
             std::thread::sleep(POLL);
         }
-        Ok(monitord)
+        Ok(Self { pid, lxc_path: lxc_path.to_owned() })
     }
 
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.pid
     }
+}
 
-    fn listens(&self) -> bool {
-        let end = format!("/{}", self.lxc_path.display());
-        let table = fs::read("/proc/net/unix").unwrap_or_default();
-        let table = String::from_utf8_lossy(&table);
-        table.lines().any(|line| line.contains(" @lxc/") && line.ends_with(&end))
+fn listens(lxc_path: &Path) -> bool {
+    let end = format!("/{}", lxc_path.display());
+    let table = fs::read("/proc/net/unix").unwrap_or_default();
+    let table = String::from_utf8_lossy(&table);
+    table.lines().any(|line| line.contains(" @lxc/") && line.ends_with(&end))
+}
+
+/// Ends and reaps it.
+fn end(pid: u32) {
+    let _ = sys::kill(pid, libc::SIGTERM);
+    let deadline = Instant::now() + STOP_LIMIT;
+    while matches!(sys::try_wait(pid), Ok(None)) {
+        if Instant::now() >= deadline {
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        std::thread::sleep(POLL);
     }
 }
 
 impl Drop for Monitord {
     fn drop(&mut self) {
         // It removes its FIFO.
-        let _ = sys::kill(self.pid, libc::SIGTERM);
-        let deadline = Instant::now() + STOP_LIMIT;
-        while matches!(sys::try_wait(self.pid), Ok(None)) {
-            if Instant::now() >= deadline {
-                let _ = sys::kill(self.pid, libc::SIGKILL);
-            }
-            std::thread::sleep(POLL);
-        }
+        end(self.pid);
         let fifo_dir = format!("{RUN_DIR}/{}", self.lxc_path.display());
         let made = Path::new(&fifo_dir).ancestors().take_while(|dir| *dir != Path::new(RUN_DIR));
         // Others may have the outer ones in use.

@@ -170,7 +170,7 @@ fn enter_empty_root() -> Result<()> {
     sys::attach_mount(empty.as_fd(), place.as_fd()).attempt(|| "mount an empty root")?;
     drop((empty, place));
     sys::chdir(c"/proc")
-        .and_then(|()| sys::pivot_root_here())
+        .and_then(|()| sys::pivot_root(c".", c"."))
         .and_then(|()| sys::detach_mount(c"."))
         .and_then(|()| sys::chdir(c"/"))
         .attempt(|| "enter an empty root")

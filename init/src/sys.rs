@@ -381,7 +381,8 @@ pub fn detach_mount(path: &CStr) -> io::Result<()> {
         .map(drop)
 }
 
-/// `pivot_root(2)`.
+/// `pivot_root(2)`. With `.` for both, the working directory, which must be a mount point, becomes the
+/// root, with the old root mounted on it.
 pub fn pivot_root(new_root: &CStr, put_old: &CStr) -> io::Result<()> {
     // SAFETY: both are NUL-terminated.
     check_long(unsafe { libc::syscall(libc::SYS_pivot_root, new_root.as_ptr(), put_old.as_ptr()) })
@@ -903,14 +904,6 @@ pub fn join_namespace(namespace: BorrowedFd<'_>) -> io::Result<()> {
 pub fn new_namespaces(flags: u32) -> io::Result<()> {
     // SAFETY: numbers only; one thread.
     check(unsafe { libc::unshare(flags as c_int) }).map(drop)
-}
-
-/// Makes the working directory, which must be a mount point, the root, with the old root mounted
-/// on it.
-pub fn pivot_root_here() -> io::Result<()> {
-    // SAFETY: both paths are NUL-terminated.
-    check_long(unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) })
-        .map(drop)
 }
 
 /// What `/proc/<pid>/comm` shows; the kernel takes 15 bytes.

@@ -24,6 +24,8 @@ pub(super) struct Devices {
     /// `(target, path)`.
     pub links: Vec<(String, String)>,
     pub rules: Vec<DeviceRule>,
+    /// How many of the rules are the specification's own.
+    pub specified: usize,
 }
 
 /// With `dev_is_bind` the container's `/dev` is a directory of the host, in which nothing is
@@ -33,6 +35,7 @@ pub(super) fn read(spec: &Document, dev_is_bind: bool, host: &Host) -> Result<De
     let replaced = |path: &str| own.iter().any(|device| device.path == path);
 
     let mut rules = rules(spec)?;
+    let specified = rules.len();
     // runc appends these after the specification's rules, so that no client can forbid them.
     rules.push(allow(DeviceKind::Char, None, None, "m"));
     rules.push(allow(DeviceKind::Block, None, None, "m"));
@@ -56,7 +59,7 @@ pub(super) fn read(spec: &Document, dev_is_bind: bool, host: &Host) -> Result<De
     rules.push(allow(DeviceKind::Char, Some(10), Some(200), "rwm"));
 
     if dev_is_bind {
-        return Ok(Devices { nodes: Vec::new(), links: Vec::new(), rules });
+        return Ok(Devices { nodes: Vec::new(), links: Vec::new(), rules, specified });
     }
     // /dev/ptmx is a link, whatever the specification lists.
     nodes.extend(own.into_iter().filter(|device| device.path != "/dev/ptmx"));
@@ -72,7 +75,7 @@ pub(super) fn read(spec: &Document, dev_is_bind: bool, host: &Host) -> Result<De
     }
     let links =
         links.into_iter().map(|(target, path)| (target.to_owned(), path.to_owned())).collect();
-    Ok(Devices { nodes, links, rules })
+    Ok(Devices { nodes, links, rules, specified })
 }
 
 fn allow(kind: DeviceKind, major: Option<u32>, minor: Option<u32>, access: &str) -> DeviceRule {
@@ -112,7 +115,8 @@ fn nodes(spec: &Document) -> Result<Vec<Device>, Error> {
         .collect()
 }
 
-fn rules(spec: &Document) -> Result<Vec<DeviceRule>, Error> {
+/// `linux.resources.devices`.
+pub(super) fn rules(spec: &Document) -> Result<Vec<DeviceRule>, Error> {
     spec.list::<LinuxDeviceCgroup>("linux.resources.devices")?
         .into_iter()
         .map(|item| {

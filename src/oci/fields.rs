@@ -203,7 +203,7 @@ pub const FIELDS: &[Field] = &[
         Refused("cgroup2 has no such switch; raise the memory limit"),
     ),
     field("linux.resources.memory.useHierarchy", Ignored("always so in today's kernels")),
-    field("linux.resources.memory.checkBeforeUpdate", Ignored("a new container uses nothing yet")),
+    field("linux.resources.memory.checkBeforeUpdate", Applied(Cgroup)),
     field("linux.resources.cpu", Section),
     field("linux.resources.cpu.shares", Translated("to cpu.weight on cgroup2")),
     field("linux.resources.cpu.quota", Applied(Cgroup)),

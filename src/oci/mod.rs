@@ -160,6 +160,7 @@ fn translate(
         masked_paths: mounts::paths(&spec, "linux.maskedPaths")?,
         readonly_paths: mounts::paths(&spec, "linux.readonlyPaths")?,
         resources: resources::read(&spec, host, &mut warnings)?,
+        specified_device_rules: devices.specified,
         device_rules: devices.rules,
         cgroups_path: cgroup::path(&spec)?,
         seccomp_agent: filter.agent,

@@ -37,6 +37,8 @@ pub struct Plan {
     /// Evaluated in order, the last match wins, as in the specification. The runtime's default
     /// devices come last.
     pub device_rules: Vec<DeviceRule>,
+    /// How many of them are the specification's own: the first ones.
+    pub specified_device_rules: usize,
     /// OCI `cgroupsPath` in its cgroupfs form, without the leading slash.
     pub cgroups_path: Option<String>,
     /// Who answers for system calls that the process's filter does not decide.
@@ -144,6 +146,8 @@ pub struct Resources {
     pub memory_reservation: Option<Limit>,
     /// 0..100; cgroup v1 only.
     pub memory_swappiness: Option<u64>,
+    /// Refuse a limit below what is in use, instead of having the kernel reclaim or kill.
+    pub memory_check_usage: bool,
     /// cgroup v1's unit, 2..262144.
     pub cpu_shares: Option<u64>,
     /// Microseconds per period.

@@ -7,17 +7,27 @@ use oci_spec::runtime::{
 };
 
 use super::document::Document;
-use super::plan::{Limit, Resources};
-use super::{Error, Host, fields};
+use super::plan::{Limit, Plan, Resources};
+use super::{Error, Host, devices, fields};
 
-/// The limits of an Update request: the JSON of an OCI `LinuxResources` object. What it does not
-/// set stays as it is. Device rules are not part of an update, as with runc.
+/// The limits of an Update request for a container: the JSON of an OCI `LinuxResources` object. What
+/// it does not set stays as it is.
+///
+/// Clients repeat the container's device rules in it. Others are refused: the program that enforces
+/// them belongs to LXC, which puts it in place only at the start.
 ///
 /// # Errors
 /// As [`super::plan()`].
-pub fn update(json: &[u8], host: &Host) -> Result<Resources, Error> {
+pub fn update(json: &[u8], container: &Plan, host: &Host) -> Result<Resources, Error> {
     let spec = Document::parse_resources(json)?;
     let mut warnings = fields::check(&spec)?;
+    let rules = devices::rules(&spec)?;
+    if !rules.is_empty() && rules != container.device_rules[..container.specified_device_rules] {
+        return Err(Error::unsupported(
+            "linux.resources.devices in an update",
+            "the devices of a running container cannot be changed; create it again with them",
+        ));
+    }
     let resources = read(&spec, host, &mut warnings)?;
     for warning in warnings {
         log::warn!("update: {warning}");
@@ -68,6 +78,8 @@ fn memory(
     resources.memory_limit = bytes("limit", memory.limit())?;
     resources.memory_swap = bytes("swap", memory.swap())?;
     resources.memory_reservation = bytes("reservation", memory.reservation())?;
+
+    resources.memory_check_usage = memory.check_before_update().unwrap_or(false);
 
     let swap = format!("{FIELD}.swap");
     match (resources.memory_limit, resources.memory_swap) {
@@ -195,14 +207,21 @@ mod tests {
         Host { cgroups: Cgroups::V2, ..host() }
     }
 
+    const SPEC: &str = include_str!("fixtures/ctr-default.json");
+
+    fn plan() -> Plan {
+        super::super::plan(SPEC.as_bytes(), std::path::Path::new("/b"), &host()).unwrap()
+    }
+
     fn read_json(json: &str, host: &Host) -> Result<Resources, String> {
-        update(json.as_bytes(), host).map_err(|error| error.to_string())
+        update(json.as_bytes(), &plan(), host).map_err(|error| error.to_string())
     }
 
     #[test]
     fn everything_at_once() {
         let json = r#"{
-            "memory":{"limit":1048576,"swap":2097152,"reservation":4096,"swappiness":10},
+            "memory":{"limit":1048576,"swap":2097152,"reservation":4096,"swappiness":10,
+                "checkBeforeUpdate":true},
             "cpu":{"shares":512,"quota":50000,"period":100000,"burst":1,"idle":0,"cpus":"0-1","mems":"0"},
             "pids":{"limit":64},
             "blockIO":{"weight":500,
@@ -211,7 +230,6 @@ mod tests {
                 "throttleReadIOPSDevice":[{"major":8,"minor":0,"rate":3}],
                 "throttleWriteIOPSDevice":[{"major":8,"minor":0,"rate":4}]},
             "hugepageLimits":[{"pageSize":"2MB","limit":5}],
-            "devices":[{"allow":false,"access":"rwm"}],
             "unified":{"memory.high":"max"}}"#;
         let pairs = [("memory.high".to_owned(), "max".to_owned())];
         assert_eq!(
@@ -221,6 +239,7 @@ mod tests {
                 memory_swap: Some(Limit::Value(2_097_152)),
                 memory_reservation: Some(Limit::Value(4096)),
                 memory_swappiness: Some(10),
+                memory_check_usage: true,
                 cpu_shares: Some(512),
                 cpu_quota: Some(Limit::Value(50_000)),
                 cpu_period: Some(100_000),
@@ -238,6 +257,24 @@ mod tests {
                 unified: BTreeMap::from(pairs),
             }
         );
+    }
+
+    #[test]
+    fn an_update_may_repeat_device_rules_but_not_change_them() {
+        let plan = plan();
+        let whole: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        let rules = whole["linux"]["resources"]["devices"].as_array().unwrap();
+        let apply = |rules: &[serde_json::Value]| {
+            let json = serde_json::json!({ "devices": rules, "pids": { "limit": 5 } }).to_string();
+            update(json.as_bytes(), &plan, &host())
+        };
+        assert_eq!(apply(rules).unwrap().pids_limit, Some(Limit::Value(5)));
+        assert_eq!(apply(&[]).unwrap().pids_limit, Some(Limit::Value(5)));
+        let more = [rules.as_slice(), &rules[..1]].concat();
+        for other in [&rules[..1], &rules[1..], more.as_slice()] {
+            let error = apply(other).unwrap_err().to_string();
+            assert!(error.starts_with("linux.resources.devices in an update is not"), "{error}");
+        }
     }
 
     #[test]

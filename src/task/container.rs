@@ -459,7 +459,7 @@ impl Actor {
 
     fn update(&mut self, resources: &[u8], reply: Reply<()>) {
         let begin = self.live().and_then(|ct| {
-            let resources = oci::update(resources, &ct.host)?;
+            let resources = oci::update(resources, &ct.plan, &ct.host)?;
             Ok((ct, resources))
         });
         match begin {
@@ -929,6 +929,8 @@ async fn execute(session: init::Session, ct: &RunningCt, pid: i32, status: &str)
 
 /// Proxmox first: it may refuse, and its own live change of the cgroup must not come last.
 async fn update(ct: &RunningCt, resources: Resources) -> Result<()> {
+    let (cgroup, checked) = (ct.cgroup.clone(), resources.clone());
+    blocking(move || Ok(cgroup.check_usage(&checked)?)).await?;
     let former = ct.show_limits(&resources).await?;
     let cgroup = ct.cgroup.clone();
     let applied = blocking(move || Ok(cgroup.apply(&resources, false)?)).await;

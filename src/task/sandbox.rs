@@ -210,7 +210,7 @@ impl Actor {
                 answer(reply, Ok(()));
             }
             Command::Update { resources, reply } => {
-                answer(reply, self.update(&sandbox.pod, &resources).await);
+                answer(reply, self.update(&sandbox.pod, &sandbox.plan, &resources).await);
             }
             command => refuse(command, || {
                 Error::Unimplemented("a pod sandbox only holds the pod's namespaces")
@@ -243,13 +243,17 @@ impl Actor {
         Ok(id)
     }
 
-    async fn update(&self, pod: &Pod, resources: &[u8]) -> Result<()> {
+    async fn update(&self, pod: &Pod, plan: &Plan, resources: &[u8]) -> Result<()> {
         if !self.phase.is_alive() {
             return Err(Error::Finished);
         }
-        let resources = oci::update(resources, &self.env.host)?;
+        let resources = oci::update(resources, plan, &self.env.host)?;
         let cgroup = pod.cgroup.clone();
-        blocking(move || Ok(cgroup.apply(&resources, false)?)).await
+        blocking(move || {
+            cgroup.check_usage(&resources)?;
+            Ok(cgroup.apply(&resources, false)?)
+        })
+        .await
     }
 
     fn exited(&mut self, sandbox: &mut Sandbox, exit: Exit) {

@@ -42,6 +42,30 @@ impl Cgroup {
         self.apply_unified(resources)
     }
 
+    /// Refuses a memory limit below what is in use, if `resources` ask for that
+    /// (`checkBeforeUpdate`). Comes before any limit is set, by Proxmox too.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`].
+    pub fn check_usage(&self, resources: &Resources) -> Result<(), Error> {
+        let (true, Some(Limit::Value(limit))) =
+            (resources.memory_check_usage, resources.memory_limit)
+        else {
+            return Ok(());
+        };
+        let used = match self.require("memory", "memory", "a memory limit")? {
+            (place, Version::V1) => place.number("memory.usage_in_bytes"),
+            (place, Version::V2) => place.number("memory.current"),
+        };
+        match used {
+            Some(used) if used > limit => Err(Error::Invalid {
+                field: "linux.resources.memory.limit",
+                reason: format!("{limit} bytes are less than the {used} in use"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn apply_memory(&self, r: &Resources, reset: bool) -> Result<(), Error> {
         let wanted = r.memory_limit.is_some()
             || r.memory_swap.is_some()
@@ -487,6 +511,28 @@ mod tests {
     fn v1(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
         let all = ["memory", "cpu", "cpuset", "pids", "blkio", "hugetlb"];
         fake(Kind::V1(all.map(str::to_owned).to_vec()), files)
+    }
+
+    #[test]
+    fn a_limit_below_what_is_used_is_refused_only_if_asked() {
+        for (kind, file) in [
+            (Kind::V2, "memory.current"),
+            (Kind::V1(vec!["memory".to_owned()]), "memory.usage_in_bytes"),
+        ] {
+            let files = [("cgroup.controllers", "memory\n"), (file, "2048\n")];
+            let (_dir, cgroup) = fake(kind, &files);
+            let check = |bytes, asked| {
+                cgroup.check_usage(&Resources {
+                    memory_limit: Some(Limit::Value(bytes)),
+                    memory_check_usage: asked,
+                    ..Resources::default()
+                })
+            };
+            let error = check(2047, true).unwrap_err().to_string();
+            assert!(error.contains("2047 bytes are less than the 2048 in use"), "{error}");
+            check(2048, true).unwrap();
+            check(1024, false).unwrap();
+        }
     }
 
     #[test]

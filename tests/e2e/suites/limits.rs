@@ -1,11 +1,14 @@
 //! Resource limits: in the cgroup, in what Proxmox shows, and in effect.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::harness::direct::{Shim, Stdio3};
 use crate::harness::grpc::Message;
-use crate::harness::process::{cgroup_value, eventually};
+use crate::harness::process::{self, cgroup_value, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 cases!("limits":
@@ -25,6 +28,14 @@ cases!("limits":
     proxmox_shows_the_limits,
     proxmox_shows_an_update,
     proxmox_does_not_show_an_update_that_failed,
+    every_limit_of_the_specification_is_in_the_cgroup,
+    idle_processor_time,
+    cgroup2_files_by_name,
+    limits_that_the_node_cannot_keep_are_refused,
+    an_update_checks_what_is_in_use_if_asked,
+    an_update_may_name_the_same_devices_only,
+    cgroups_path_in_the_form_of_systemd,
+    exec_follows_the_container_below_its_cgroup,
 );
 
 const MIB: u64 = 1 << 20;
@@ -236,4 +247,234 @@ fn proxmox_does_not_show_an_update_that_failed(t: &Test) {
     let shown = configuration(t, &id);
     assert_eq!(number(&shown["memory"]), Some(64.0), "{shown}");
     assert_eq!(number(&shown["cpulimit"]).unwrap_or(0.0), 0.0, "{shown}");
+}
+
+/// A container in the background, without containerd.
+fn start_with(
+    t: &Test,
+    id: &str,
+    command: &[&str],
+    change: impl FnOnce(&mut Value),
+) -> (Shim, u32) {
+    let driver = t.driver();
+    let mut spec = driver.spec(id, command);
+    change(&mut spec);
+    let shim = driver.start(id, &spec);
+    let started = shim.create(&Stdio3::default()).and_then(|pid| shim.start("").map(|_| pid));
+    match started {
+        Ok(pid) => (shim, pid),
+        Err(refusal) => {
+            finish(t, &shim);
+            panic!("{refusal:?}");
+        }
+    }
+}
+
+fn finish(t: &Test, shim: &Shim) {
+    shim.finish();
+    t.driver().remove_bundle(&shim.id);
+}
+
+fn is_cgroup2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// The numbers of a disk of this machine.
+fn disk() -> (u64, u64) {
+    let numbers = std::fs::read_dir("/sys/block")
+        .expect("list the disks")
+        .flatten()
+        .filter(|disk| disk.path().join("device").exists())
+        .find_map(|disk| std::fs::read_to_string(disk.path().join("dev")).ok())
+        .expect("a disk");
+    let (major, minor) = numbers.trim().split_once(':').expect("major:minor");
+    (major.parse().expect("major"), minor.parse().expect("minor"))
+}
+
+fn every_limit_of_the_specification_is_in_the_cgroup(t: &Test) {
+    let id = t.id("a");
+    let (major, minor) = disk();
+    let throttle = |rate: u64| json!([{"major": major, "minor": minor, "rate": rate}]);
+    let (shim, pid) = start_with(t, &id, &["sleep", "1000"], |spec| {
+        let resources = &mut spec["linux"]["resources"];
+        resources["memory"] = json!({
+            "limit": 64 * MIB, "swap": 64 * MIB, "reservation": 32 * MIB, "swappiness": 7,
+        });
+        resources["cpu"] = json!({
+            "shares": 512, "quota": 50_000, "period": 200_000, "burst": 10_000,
+            "cpus": "0", "mems": "0",
+        });
+        resources["pids"] = json!({"limit": 99});
+        resources["blockIO"] = json!({
+            "throttleReadBpsDevice": throttle(MIB), "throttleWriteBpsDevice": throttle(2 * MIB),
+            "throttleReadIOPSDevice": throttle(300), "throttleWriteIOPSDevice": throttle(400),
+        });
+    });
+    let value = |controller: &str, v1: &str, v2: &str| cgroup_value(pid, &id, controller, v1, v2);
+    let mut expected = vec![
+        (value("pids", "pids.max", "pids.max"), "99".to_owned()),
+        (value("cpuset", "cpuset.cpus", "cpuset.cpus"), "0".to_owned()),
+        (value("cpuset", "cpuset.mems", "cpuset.mems"), "0".to_owned()),
+        (value("cpu", "cpu.cfs_burst_us", "cpu.max.burst"), "10000".to_owned()),
+        (value("memory", "memory.limit_in_bytes", "memory.max"), (64 * MIB).to_string()),
+        (value("memory", "memory.soft_limit_in_bytes", "memory.low"), (32 * MIB).to_string()),
+    ];
+    let device = format!("{major}:{minor}");
+    if is_cgroup2() {
+        expected.push((value("cpu", "", "cpu.max"), "50000 200000".to_owned()));
+        let line = format!("{device} rbps={} wbps={} riops=300 wiops=400", MIB, 2 * MIB);
+        expected.push((value("io", "", "io.max"), line));
+    } else {
+        let throttle = |file: &str, rate: u64| {
+            let file = format!("blkio.throttle.{file}_device");
+            (value("blkio", &file, ""), format!("{device} {rate}"))
+        };
+        expected.extend([
+            (value("cpu", "cpu.cfs_quota_us", ""), "50000".to_owned()),
+            (value("cpu", "cpu.cfs_period_us", ""), "200000".to_owned()),
+            (value("cpu", "cpu.shares", ""), "512".to_owned()),
+            (value("memory", "memory.swappiness", ""), "7".to_owned()),
+            (value("memory", "ns/memory.swappiness", ""), "7".to_owned()),
+            throttle("read_bps", MIB),
+            throttle("write_bps", 2 * MIB),
+            throttle("read_iops", 300),
+            throttle("write_iops", 400),
+        ]);
+    }
+    let allowed = process::status_field(pid, "Cpus_allowed_list");
+    finish(t, &shim);
+    for (value, expected) in expected {
+        assert_eq!(value, expected);
+    }
+    assert_eq!(allowed.as_deref(), Some("0"), "in effect for the process");
+}
+
+fn idle_processor_time(t: &Test) {
+    let id = t.id("a");
+    let (shim, pid) = start_with(t, &id, &["sleep", "1000"], |spec| {
+        spec["linux"]["resources"]["cpu"] = json!({"idle": 1});
+    });
+    let idle = cgroup_value(pid, &id, "cpu", "cpu.idle", "cpu.idle");
+    finish(t, &shim);
+    assert_eq!(idle, "1");
+}
+
+fn cgroup2_files_by_name(t: &Test) {
+    let id = t.id("a");
+    let unified = |spec: &mut Value| {
+        spec["linux"]["resources"]["unified"] = json!({"memory.high": "50331648"});
+    };
+    if is_cgroup2() {
+        let (shim, pid) = start_with(t, &id, &["sleep", "1000"], unified);
+        let high = cgroup_value(pid, &id, "memory", "", "memory.high");
+        finish(t, &shim);
+        assert_eq!(high, "50331648");
+    } else {
+        let refusal = t.run_spec(&id, &["true"], unified).expect_err("cgroup v1 has no such files");
+        assert!(refusal.message.contains("linux.resources.unified"), "{}", refusal.message);
+    }
+}
+
+fn limits_that_the_node_cannot_keep_are_refused(t: &Test) {
+    for (name, resources, expected) in [
+        ("cpus", json!({"cpu": {"cpus": "4000"}}), "cpuset.cpus"),
+        (
+            "disk",
+            json!({"blockIO": {"throttleReadBpsDevice":
+            [{"major": 4000, "minor": 1, "rate": 5}]}}),
+            "4000:1 ",
+        ),
+        ("pages", json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 5}]}), "huge"),
+    ] {
+        let refusal = t
+            .run_spec(&t.id(name), &["true"], |spec| {
+                for (key, value) in resources.as_object().expect("an object") {
+                    spec["linux"]["resources"][key] = value.clone();
+                }
+            })
+            .expect_err(name);
+        assert!(refusal.message.contains(expected), "{name}: {}", refusal.message);
+    }
+}
+
+fn an_update_checks_what_is_in_use_if_asked(t: &Test) {
+    let id = t.id("a");
+    t.start(&["--memory-limit", &(64 * MIB).to_string()], &id, &["sh", "-c",
+        "dd if=/dev/zero of=/dev/shm/x bs=1M count=30 2>/dev/null; touch /dev/shm/done; sleep 1000"]);
+    eventually("30 MiB are in use", Duration::from_secs(10), || {
+        (t.exec_sh(&id, "ls /dev/shm").text().contains("done")).then_some(())
+    });
+    let limit = json!({"memory": {"limit": 10 * MIB, "checkBeforeUpdate": true}});
+    let refusal = update(t, &id, &limit).expect_err("more is in use");
+    assert!(refusal.contains("in use"), "{refusal}");
+    assert_eq!(memory_limit(t, &id), (64 * MIB).to_string());
+}
+
+fn an_update_may_name_the_same_devices_only(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let info: Value = serde_json::from_str(&t.ctr(&["containers", "info", &id]).ok().text())
+        .expect("ctr prints JSON");
+    let rules = &info["Spec"]["linux"]["resources"]["devices"];
+    assert!(rules.as_array().is_some_and(|rules| !rules.is_empty()), "{info}");
+    let with = |rules: Value| json!({"devices": rules, "pids": {"limit": 50}});
+    update(t, &id, &with(rules.clone())).expect("they are the container's");
+    let refusal = update(t, &id, &with(json!([{"allow": true, "access": "rwm"}])));
+    assert!(refusal.expect_err("others").contains("linux.resources.devices in an update"));
+}
+
+fn cgroups_path_in_the_form_of_systemd(t: &Test) {
+    let (id, slice) = (t.id("a"), t.node.namespace.replace('-', "_"));
+    let (shim, pid) = start_with(t, &id, &["sleep", "1000"], |spec| {
+        spec["linux"]["cgroupsPath"] = json!(format!("{slice}-pod.slice:shim:{id}"));
+    });
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    finish(t, &shim);
+    let path = format!(":/{slice}.slice/{slice}-pod.slice/shim-{id}.scope/ns");
+    assert!(groups.lines().any(|line| line.ends_with(&path)), "{path}: {groups}");
+    process::run(Command::new("sh").arg("-c").arg(format!(
+        "find /sys/fs/cgroup -depth -type d -path '*/{slice}.slice*' -exec rmdir {{}} + \
+         2>/dev/null; true"
+    )));
+}
+
+// A container's own init system divides its cgroup; on cgroup2 no process may be above the parts.
+fn exec_follows_the_container_below_its_cgroup(t: &Test) {
+    let id = t.id("a");
+    let (place, divide) = if is_cgroup2() {
+        ("/sys/fs/cgroup", "echo +pids > /sys/fs/cgroup/cgroup.subtree_control")
+    } else {
+        ("/sys/fs/cgroup/pids", "true")
+    };
+    let script = format!(
+        "mkdir {place}/part && echo $$ > {place}/part/cgroup.procs && {divide} && \
+         touch /tmp/divided; while :; do sleep 1000; done"
+    );
+    let driver = t.driver();
+    let mut spec = driver.spec(&id, &["sh", "-c", &script]);
+    spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "cgroup"}));
+    spec["mounts"].as_array_mut().expect("a list").push(json!({
+        "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"],
+    }));
+    let shim = driver.start(&id, &spec);
+    shim.create(&Stdio3::default()).and_then(|_| shim.start("")).expect("start");
+    eventually("it has divided its cgroup", Duration::from_secs(10), || {
+        shim.bundle.join("rootfs/tmp/divided").exists().then_some(())
+    });
+    let mut exec = spec["process"].clone();
+    exec["args"] = json!(["sh", "-c", "cat /proc/1/cgroup; echo; cat /proc/self/cgroup"]);
+    let log = t.file("exec.out");
+    let io = Stdio3 { stdout: format!("file://{log}"), ..Stdio3::default() };
+    let outcome = shim
+        .exec("e", &exec, &io)
+        .and_then(|()| shim.start("e"))
+        .and_then(|_| shim.wait("e"))
+        .map(|reply| reply.exit_status);
+    shim.finish();
+    driver.remove_bundle(&id);
+    assert_eq!(outcome.expect("exec"), 0);
+    let text = std::fs::read_to_string(&log).unwrap_or_default();
+    let (of_init, of_exec) = text.trim().split_once("\n\n").expect("two lists");
+    assert!(of_init.lines().any(|line| line.ends_with(":/part")), "{of_init}");
+    assert_eq!(of_exec, of_init);
 }

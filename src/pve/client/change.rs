@@ -10,6 +10,15 @@ use crate::pve::error::{Call, Error, Failure};
 use crate::pve::types::Loose;
 use crate::pve::upid::Upid;
 
+/// The pauses before looking for a task: the daemon may still be at work on a request whose
+/// connection is gone.
+const LOOKS: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+    Duration::from_millis(1000),
+];
+
 /// One request that changes something, and how to find out whether it did.
 pub(super) struct Change<'a> {
     pub(super) call: Call,
@@ -50,7 +59,8 @@ impl Client {
             vmid = change.vmid.get(), task = change.task, error = error.to_string().as_str();
             "answer lost, reading back"
         );
-        let limit = Instant::now() + self.inner.settings.request_timeout;
+        let pauses: Duration = LOOKS.iter().sum();
+        let limit = Instant::now() + pauses + self.inner.settings.request_timeout;
         match timeout_at(limit, self.read_back(&change, since)).await {
             Ok(Some(Ok(upid))) => Ok(upid),
             Ok(Some(Err(failure))) => Err(Error::Api { call: Box::new(change.call), failure }),
@@ -62,9 +72,8 @@ impl Client {
     /// Finds out what became of a request whose answer was lost: its task, or the state that leaves
     /// nothing to do.
     async fn read_back(&self, change: &Change<'_>, since: u64) -> Option<Result<Upid, Failure>> {
-        // The daemon may still be at work on the request when its connection is gone.
-        for pause in [0, 100, 400, 1000] {
-            sleep(Duration::from_millis(pause)).await;
+        for pause in LOOKS {
+            sleep(pause).await;
             if let Some(upid) = self.find_task(change, since).await.ok()? {
                 return Some(Ok(upid));
             }

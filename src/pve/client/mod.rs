@@ -12,8 +12,9 @@
 //!
 //! `proxmox.request_timeout` bounds a call as a whole, login, repetitions and other endpoints
 //! included; within it `proxmox.connect_timeout` bounds each connection's set-up. Reading back what
-//! became of a change may take as long again. What waits for a task takes a deadline of its own. Dropping a call's future closes its connection; a change that
-//! was sent may take effect all the same.
+//! became of a change may take as long again and 1.5 s more. What waits for a task takes a deadline
+//! of its own. Dropping a call's future closes its connection; a change that was sent may take
+//! effect all the same.
 //!
 //! # Several endpoints
 //!
@@ -37,7 +38,7 @@
 //! - [`Client::stop_ours`] and [`Client::destroy_ours`] may be repeated as a whole, because they
 //!   verify the CT's identity anew before each call and what they ask for is idempotent.
 //! - PUT: never. Proxmox stores some changes although it answers with an error, so after any error
-//!   the caller reads the configuration again.
+//!   the caller reads the configuration again. That of a size starts a task, as a POST does.
 //! - A login: as a GET, because it changes nothing.
 //!
 //! A 401 is not repeated, as Proxmox holds each back for 3 s; but a ticket that was not obtained

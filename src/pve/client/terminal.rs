@@ -23,7 +23,7 @@ use super::{Call, Client, Payload, Request, query};
 use crate::config::Vmid;
 use crate::pve::credentials::Ready;
 use crate::pve::error::{self, Error};
-use crate::pve::http::{Server, Upgrade};
+use crate::pve::http::{Server, Upgrade, Upgraded};
 use crate::pve::types::TerminalTicket;
 use crate::pve::upid::Upid;
 
@@ -122,8 +122,8 @@ impl Client {
         let upgraded = server.upgrade(&request, deadline).await;
         let upgraded = upgraded
             .map_err(|broken| error::from_broken(server.url(), call, begun.elapsed(), broken))?;
-        let (headers, stream, early) = match upgraded {
-            Upgrade::Done { headers, stream, early } => (headers, stream, early),
+        let Upgraded { headers, stream, early } = match upgraded {
+            Upgrade::Done(upgraded) => *upgraded,
             Upgrade::Refused(answer) => {
                 self.understood(server, call, answer)?;
                 return Err(self.unlike(call.clone(), "it did not become a websocket"));

@@ -104,24 +104,22 @@ impl Body {
         if !self.head.is_empty() {
             return Poll::Ready(Ok(Some(std::mem::take(&mut self.head))));
         }
-        while let Some((file, left)) = &mut self.file {
-            if *left == 0 {
-                self.file = None;
-                break;
-            }
+        if let Some((file, left)) = &mut self.file
+            && *left > 0
+        {
             let mut chunk = vec![0; usize::try_from(*left).unwrap_or(CHUNK).min(CHUNK)];
             let mut buffer = ReadBuf::new(&mut chunk);
             ready!(Pin::new(file).poll_read(cx, &mut buffer))?;
             let n = buffer.filled().len();
             if n == 0 {
-                let short =
-                    io::Error::new(io::ErrorKind::UnexpectedEof, "the file has become shorter");
-                return Poll::Ready(Err(short));
+                let short = "the file has become shorter";
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, short)));
             }
             *left -= n as u64;
             chunk.truncate(n);
             return Poll::Ready(Ok(Some(chunk.into())));
         }
+        self.file = None;
         let tail = std::mem::take(&mut self.tail);
         Poll::Ready(Ok((!tail.is_empty()).then_some(tail)))
     }

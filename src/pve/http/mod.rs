@@ -85,13 +85,17 @@ pub(super) struct Answer {
 /// What became of a request for another protocol.
 pub(super) enum Upgrade {
     /// The server speaks it now.
-    Done {
-        headers: HeaderMap,
-        stream: TlsStream<TcpStream>,
-        /// What came together with the answer.
-        early: Bytes,
-    },
+    Done(Box<Upgraded>),
     Refused(Answer),
+}
+
+/// A connection that is no longer one of HTTP.
+pub(super) struct Upgraded {
+    /// Of the answer.
+    pub(super) headers: HeaderMap,
+    pub(super) stream: TlsStream<TcpStream>,
+    /// What came together with the answer.
+    pub(super) early: Bytes,
 }
 
 /// Why there is no whole answer.
@@ -173,7 +177,8 @@ impl Server {
         let Ok(parts) = upgraded.map_err(Broken::Lost)?.downcast::<Stream>() else {
             return Err(Broken::Unsendable("the upgraded connection is of another kind".into()));
         };
-        Ok(Upgrade::Done { headers, stream: parts.io.into_inner(), early: parts.read_buf })
+        let (stream, early) = (parts.io.into_inner(), parts.read_buf);
+        Ok(Upgrade::Done(Box::new(Upgraded { headers, stream, early })))
     }
 
     async fn send(

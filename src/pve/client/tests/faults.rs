@@ -168,6 +168,6 @@ async fn reading_back_ends_in_time_too() {
     let begun = Instant::now();
     let error = client(&fake).start(id(110)).await.unwrap_err();
     assert!(error.is_unclear(), "{error:?}");
-    // The limit for a call is 2 s.
-    assert!(begun.elapsed() < Duration::from_millis(2900), "{:?}", begun.elapsed());
+    // 2 s as for each call, and 1.5 s of pauses; it would be 9 s.
+    assert!(begun.elapsed() < Duration::from_millis(6000), "{:?}", begun.elapsed());
 }

@@ -17,7 +17,7 @@ DESTDIR ?=
 OUT := target/release
 
 BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
-RUN_PACKAGES := containerd runc lxc busybox-static iproute2 curl jq
+RUN_PACKAGES := containerd runc lxc busybox-static e2fsprogs iproute2 curl jq
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 

@@ -3,6 +3,14 @@
 //! With the mount API a lower directory is one call, so an image may have as many layers as the kernel
 //! allows, whatever the length of their paths: no page-sized option string, and no change of the
 //! working directory of a server with many tasks.
+//!
+//! Each mount is made detached and attached last. What only other mounts need ([`template`]) is
+//! attached where the host does not see it ([`workshop`]), so all that has to be removed in the end is
+//! what lies at the rootfs.
+
+mod image;
+mod template;
+mod workshop;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -19,6 +27,9 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::lxc::cgroup::unescape;
 use crate::sys::mount::{self as api, Filesystem};
+use image::LoopDevice;
+use template::{Active, Transformers};
+use workshop::Workshop;
 
 /// `fsconfig(2)` takes strings of up to 255 bytes.
 const LONGEST_VALUE: usize = 255;
@@ -43,15 +54,26 @@ pub struct RootfsMount {
 /// What can go wrong with the rootfs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Asked for something that is not implemented.
-    #[error("rootfs mount type {fstype} is not supported yet")]
+    /// A type that only containerd's mount manager makes, or none.
+    #[error(
+        "rootfs mount type {fstype:?} is not supported: let containerd's mount manager make it"
+    )]
     Type { fstype: String },
-    /// An image file, which would need a loop device.
-    #[error("rootfs mount of image file {source_path} (type {fstype}) is not supported yet")]
-    ImageFile { fstype: String, source_path: String },
-    /// Asked for something that is not implemented.
-    #[error("rootfs mount option {option:?} of type {fstype} is not supported yet")]
+    /// An option that nobody understands.
+    #[error("rootfs mount option {option:?} of type {fstype} is not supported")]
     UnsupportedOption { fstype: String, option: String },
+    /// A template that cannot be filled in.
+    #[error("rootfs mount template {text:?} {reason}")]
+    Template { text: String, reason: &'static str },
+    /// A directory of the option `X-containerd.mkdir.path`.
+    #[error("make directory {} for the rootfs: {}", path.display(), text(source))]
+    MakeDirectory { path: PathBuf, source: io::Error },
+    /// The file cannot be opened, or the node has no loop devices.
+    #[error("attach image {} to a loop device: {}", path.display(), text(source))]
+    LoopDevice { path: PathBuf, source: io::Error },
+    /// No mount namespace for the mounts in between.
+    #[error("prepare a mount namespace for the rootfs's layers: {}", text(source))]
+    Workshop { source: io::Error },
     /// The kernel refused an option.
     #[error(
         "rootfs mount option {option:?} of type {fstype} is refused by the kernel: {}{details}",
@@ -65,8 +87,8 @@ pub enum Error {
     #[error("rootfs mount target {target:?} leaves the rootfs")]
     Outside { target: String },
     /// The mount failed.
-    #[error("mount {fstype} {source_path:?} at {}: {reason}", target.display())]
-    Mount { fstype: String, source_path: String, target: PathBuf, reason: String },
+    #[error("mount {fstype} {source_path:?} as the rootfs: {reason}")]
+    Mount { fstype: String, source_path: String, reason: String },
     /// A mount could not be removed.
     #[error("unmount {}: {}", path.display(), text(source))]
     Unmount { path: PathBuf, source: io::Error },
@@ -110,9 +132,17 @@ impl Mounted {
 /// # Errors
 /// [`Error`]; nothing stays mounted. A `target` that is a symbolic link is refused.
 pub fn mount(mounts: &[RootfsMount], target: &Path) -> Result<Mounted, Error> {
-    for (done, mount) in mounts.iter().enumerate() {
-        if let Err(first) = mount_one(mount, target) {
-            if done > 0
+    let steps = mounts.iter().map(Step::of).collect::<Result<Vec<_>, _>>()?;
+    // As with containerd's mount manager, what comes before the last template is for templates only.
+    let chain = steps.iter().rposition(|step| step.transformers.any()).map_or(0, |last| last + 1);
+    let (chain, rest) = steps.split_at(chain);
+    if !chain.is_empty() {
+        let (mount, tree) = Workshop::run(target, |workshop| assemble(chain, workshop))?;
+        attach(&mount, &tree, target)?;
+    }
+    for (done, step) in rest.iter().enumerate() {
+        if let Err(first) = mount_one(&step.mount, target) {
+            if done + chain.len() > 0
                 && let Err(cleanup) = unmount(target)
             {
                 return Err(Error::CleanUp { first: first.into(), cleanup: cleanup.into() });
@@ -123,44 +153,88 @@ pub fn mount(mounts: &[RootfsMount], target: &Path) -> Result<Mounted, Error> {
     Ok(Mounted { target: target.to_owned() })
 }
 
+/// A mount, and what is done with it before it is made.
+#[derive(Debug)]
+struct Step {
+    transformers: Transformers,
+    /// With a type of the kernel.
+    mount: RootfsMount,
+}
+
+impl Step {
+    fn of(mount: &RootfsMount) -> Result<Self, Error> {
+        let (transformers, fstype) = Transformers::of(&mount.fstype)?;
+        let mount = RootfsMount { fstype: fstype.to_owned(), ..mount.clone() };
+        Ok(Self { transformers, mount })
+    }
+
+    fn transformed(&self, active: &[Active]) -> Result<RootfsMount, Error> {
+        let mut mount = self.mount.clone();
+        if self.transformers.format {
+            template::format(&mut mount, active)?;
+        }
+        if self.transformers.mkdir {
+            template::make_directories(&mut mount)?;
+        }
+        Ok(mount)
+    }
+}
+
+/// Makes all of `steps`, each for the templates of the later ones; returns the last one, detached.
+fn assemble(steps: &[Step], workshop: &mut Workshop) -> Result<(RootfsMount, OwnedFd), Error> {
+    let mut active: Vec<Active> = Vec::new();
+    let mut last: Option<(RootfsMount, OwnedFd)> = None;
+    for step in steps {
+        if let Some((RootfsMount { source, target, .. }, tree)) = last.take() {
+            active.push(Active { source, target, point: workshop.attach(tree)? });
+        }
+        let mount = step.transformed(&active)?;
+        let tree = match make(&mount) {
+            Err(error) if error.is_old_kernel() => classic_overlay(&mount, workshop)?,
+            result => result?,
+        };
+        last = Some((mount, tree));
+    }
+    last.ok_or_else(|| Error::Type { fstype: String::new() })
+}
+
 fn mount_one(mount: &RootfsMount, rootfs: &Path) -> Result<(), Error> {
-    let target = below(rootfs, &mount.target)?;
-    let directory = open_directory(&target)?;
-    let options = Options::parse(&mount.options);
-    let bind = options.bind.is_some() || mount.fstype == "bind";
-    let attach = |tree: &OwnedFd| {
-        api::attach(tree.as_fd(), directory.as_fd()).map_err(|e| failed(mount, &target, text(&e)))
+    let tree = match make(mount) {
+        Err(error) if error.is_old_kernel() => {
+            Workshop::run(rootfs, |workshop| classic_overlay(mount, workshop))?
+        }
+        result => result?,
     };
-    if bind {
-        return attach(&clone_bind(mount, &options, &target)?);
+    attach(mount, &tree, rootfs)
+}
+
+fn attach(mount: &RootfsMount, tree: &OwnedFd, rootfs: &Path) -> Result<(), Error> {
+    let directory = open_directory(&below(rootfs, &mount.target)?)?;
+    api::attach(tree.as_fd(), directory.as_fd()).map_err(|e| failed(mount, text(&e)))
+}
+
+/// Makes one mount, detached. Its type has no transformers any more.
+fn make(mount: &RootfsMount) -> Result<OwnedFd, Error> {
+    let options = Options::parse(&mount.options);
+    if options.bind.is_some() || mount.fstype == "bind" {
+        return clone_bind(mount, &options);
     }
-    // Types with a scheme such as `format/mkdir/overlay` are templates of containerd's mount
-    // manager.
-    if mount.fstype.is_empty() || mount.fstype.contains('/') {
-        return Err(Error::Type { fstype: mount.fstype.clone() });
-    }
-    if let Some(option) = options.data.iter().find(|o| *o == "loop" || o.starts_with("X-")) {
+    if let Some(option) = options.data.iter().find(|o| o.starts_with("X-")) {
         return Err(Error::UnsupportedOption {
             fstype: mount.fstype.clone(),
             option: option.clone(),
         });
     }
-    if Path::new(&mount.source).is_file() {
-        return Err(Error::ImageFile {
-            fstype: mount.fstype.clone(),
-            source_path: mount.source.clone(),
-        });
-    }
-    match detached(mount, &options, &target) {
-        // `lowerdir+` exists since Linux 6.5.
-        Err(Error::Option { option, source, .. })
-            if mount.fstype == "overlay"
+    detached(mount, &options)
+}
+
+impl Error {
+    /// `lowerdir+` exists since Linux 6.5.
+    fn is_old_kernel(&self) -> bool {
+        matches!(self, Self::Option { fstype, option, source, .. }
+            if fstype == "overlay"
                 && option.starts_with("lowerdir+")
-                && source.raw_os_error() == Some(libc::EINVAL) =>
-        {
-            classic_overlay(mount, &options, &directory, &target)
-        }
-        other => attach(&other?),
+                && source.raw_os_error() == Some(libc::EINVAL))
     }
 }
 
@@ -193,13 +267,8 @@ fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
         .map_err(|source| Error::Target { path: path.to_owned(), source })
 }
 
-fn failed(mount: &RootfsMount, target: &Path, reason: String) -> Error {
-    Error::Mount {
-        fstype: mount.fstype.clone(),
-        source_path: mount.source.clone(),
-        target: target.to_owned(),
-        reason,
-    }
+fn failed(mount: &RootfsMount, reason: String) -> Error {
+    Error::Mount { fstype: mount.fstype.clone(), source_path: mount.source.clone(), reason }
 }
 
 /// Mount options, sorted by who understands them.
@@ -207,6 +276,8 @@ fn failed(mount: &RootfsMount, target: &Path, reason: String) -> Error {
 struct Options {
     /// `bind` (false) or `rbind` (true).
     bind: Option<bool>,
+    /// The source is an image, also if it is no regular file.
+    loop_device: bool,
     /// `MOUNT_ATTR_*`.
     attributes: u64,
     /// `MS_*` propagation, of the mount or recursive.
@@ -225,6 +296,7 @@ impl Options {
                 | "diratime" => {}
                 "bind" => parsed.bind = parsed.bind.or(Some(false)),
                 "rbind" => parsed.bind = Some(true),
+                "loop" => parsed.loop_device = true,
                 "ro" => *attributes |= libc::MOUNT_ATTR_RDONLY,
                 "nosuid" => *attributes |= libc::MOUNT_ATTR_NOSUID,
                 "nodev" => *attributes |= libc::MOUNT_ATTR_NODEV,
@@ -273,11 +345,11 @@ fn unescaped(path: &str) -> String {
     out
 }
 
-fn clone_bind(mount: &RootfsMount, options: &Options, target: &Path) -> Result<OwnedFd, Error> {
+fn clone_bind(mount: &RootfsMount, options: &Options) -> Result<OwnedFd, Error> {
     if let Some(option) = options.data.first() {
         return Err(Error::UnsupportedOption { fstype: "bind".to_owned(), option: option.clone() });
     }
-    let error = |e: io::Error| failed(mount, target, text(&e));
+    let error = |e: io::Error| failed(mount, text(&e));
     let recursive = options.bind.unwrap_or(false);
     let tree = api::clone_tree(Path::new(&mount.source), recursive).map_err(error)?;
     change(&tree, options).map_err(error)?;
@@ -299,17 +371,21 @@ fn change(tree: &OwnedFd, options: &Options) -> io::Result<()> {
 }
 
 /// A new filesystem as a detached mount.
-fn detached(mount: &RootfsMount, options: &Options, target: &Path) -> Result<OwnedFd, Error> {
+fn detached(mount: &RootfsMount, options: &Options) -> Result<OwnedFd, Error> {
+    let images = Images::attach(mount, options)?;
     let fs = match Filesystem::open(&mount.fstype) {
         Ok(fs) => fs,
         Err(e) if e.raw_os_error() == Some(libc::ENODEV) => {
-            return Err(failed(mount, target, "the kernel does not know this type".to_owned()));
+            return Err(failed(mount, "the kernel does not know this type".to_owned()));
         }
-        Err(e) => return Err(failed(mount, target, text(&e))),
+        Err(e) => return Err(failed(mount, text(&e))),
     };
-    let mut parameters = vec![("source".to_owned(), Some(mount.source.clone()))];
+    let mut parameters = vec![("source".to_owned(), Some(images.of(&mount.source)))];
     for option in &options.data {
         match option.split_once('=') {
+            Some(("device", blob)) if mount.fstype == "erofs" => {
+                parameters.push(("device".to_owned(), Some(images.of(blob))));
+            }
             Some(("lowerdir", layers)) if mount.fstype == "overlay" => {
                 parameters.extend(lower_layers(layers));
             }
@@ -330,7 +406,7 @@ fn detached(mount: &RootfsMount, options: &Options, target: &Path) -> Result<Own
         let result = match value {
             None => fs.set_flag(key),
             Some(value) if value.len() > LONGEST_VALUE && value.starts_with('/') => {
-                let directory = open_layer(value).map_err(|e| failed(mount, target, e))?;
+                let directory = open_layer(value).map_err(|e| failed(mount, e))?;
                 let short = format!("/proc/self/fd/{}", directory.as_raw_fd());
                 open.push(directory);
                 fs.set(key, short.as_bytes())
@@ -347,13 +423,42 @@ fn detached(mount: &RootfsMount, options: &Options, target: &Path) -> Result<Own
             source,
         })?;
     }
-    let tree = fs
-        .mount(options.attributes)
-        .map_err(|e| failed(mount, target, text(&e) + &details(&fs)))?;
+    let tree = fs.mount(options.attributes).map_err(|e| failed(mount, text(&e) + &details(&fs)))?;
     let propagation_only =
         Options { propagation: options.propagation.clone(), ..Options::default() };
-    change(&tree, &propagation_only).map_err(|e| failed(mount, target, text(&e)))?;
+    change(&tree, &propagation_only).map_err(|e| failed(mount, text(&e)))?;
     Ok(tree)
+}
+
+/// The loop devices of a mount whose source, or whose blobs (erofs's option `device`), are files.
+struct Images(Vec<(String, LoopDevice)>);
+
+impl Images {
+    fn attach(mount: &RootfsMount, options: &Options) -> Result<Self, Error> {
+        // As losetup has it, and as containerd does with erofs: what cannot be written is not opened
+        // for writing.
+        let read_only =
+            options.attributes & libc::MOUNT_ATTR_RDONLY != 0 || mount.fstype == "erofs";
+        let is_file = |path: &str| path.starts_with('/') && Path::new(path).is_file();
+        let blobs = options.data.iter().filter_map(|o| o.strip_prefix("device="));
+        let source = Some(mount.source.as_str()).filter(|s| options.loop_device || is_file(s));
+        let files =
+            source.into_iter().chain(blobs.filter(|b| mount.fstype == "erofs" && is_file(b)));
+        let attach = |path: &str| {
+            LoopDevice::attach(Path::new(path), read_only)
+                .map(|device| (path.to_owned(), device))
+                .map_err(|source| Error::LoopDevice { path: path.into(), source })
+        };
+        files.map(attach).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The device of a file, or what it is itself.
+    fn of(&self, path: &str) -> String {
+        match self.0.iter().find(|(file, _)| file == path) {
+            Some((_, device)) => device.path().display().to_string(),
+            None => path.to_owned(),
+        }
+    }
 }
 
 /// What the kernel says beyond the error number.
@@ -387,12 +492,8 @@ fn open_layer(path: &str) -> Result<OwnedFd, String> {
 
 /// `mount(2)` for kernels before 6.5, with layers named by descriptors if the options would not fit:
 /// some 180 layers then do.
-fn classic_overlay(
-    mount: &RootfsMount,
-    options: &Options,
-    directory: &OwnedFd,
-    target: &Path,
-) -> Result<(), Error> {
+fn classic_overlay(mount: &RootfsMount, workshop: &mut Workshop) -> Result<OwnedFd, Error> {
+    let options = Options::parse(&mount.options);
     let mut data = options.data.join(",");
     let mut open = Vec::new();
     if data.len() > LONGEST_OPTIONS {
@@ -408,7 +509,7 @@ fn classic_overlay(
                     names.push(layer);
                     continue;
                 }
-                let fd = open_layer(&unescaped(&layer)).map_err(|e| failed(mount, target, e))?;
+                let fd = open_layer(&unescaped(&layer)).map_err(|e| failed(mount, e))?;
                 names.push(format!("/proc/self/fd/{}", fd.as_raw_fd()));
                 open.push(fd);
             }
@@ -430,16 +531,16 @@ fn classic_overlay(
             flags |= flag;
         }
     }
-    // The descriptor's path, so that the directory that was checked is the one that is used.
-    let at = format!("/proc/self/fd/{}", directory.as_raw_fd());
+    let point = workshop.directory()?;
     nix::mount::mount(
         Some(mount.source.as_str()),
-        at.as_str(),
+        &point,
         Some(mount.fstype.as_str()),
         flags,
         Some(data.as_str()),
     )
-    .map_err(|errno| failed(mount, target, errno.desc().to_lowercase()))
+    .map_err(|errno| failed(mount, errno.desc().to_lowercase()))?;
+    api::clone_tree(&point, false).map_err(|e| failed(mount, text(&e)))
 }
 
 /// Removes all mounts at `target` and below it, however many lie upon each other, and whoever made
@@ -519,285 +620,4 @@ fn unmount_error(path: &Path, errno: Errno) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-    use std::os::unix::fs::symlink;
-    use std::time::Instant;
-
-    /// Below a tmpfs that is not shared with any other mount namespace.
-    struct Place(tempfile::TempDir);
-
-    impl Place {
-        fn new() -> Self {
-            let place = Self(tempfile::tempdir().unwrap());
-            fs::create_dir(place.path("rootfs")).unwrap();
-            place
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.0.path().join(name)
-        }
-
-        fn dir(&self, name: &str) -> String {
-            fs::create_dir_all(self.path(name)).unwrap();
-            self.path(name).to_str().unwrap().to_owned()
-        }
-
-        fn overlay(&self, layers: &[String], more: &[&str]) -> RootfsMount {
-            let mut options = vec![
-                format!("lowerdir={}", layers.join(":")),
-                format!("upperdir={}", self.dir("upper")),
-                format!("workdir={}", self.dir("work")),
-            ];
-            options.extend(more.iter().map(|o| (*o).to_owned()));
-            RootfsMount {
-                fstype: "overlay".into(),
-                source: "overlay".into(),
-                target: String::new(),
-                options,
-            }
-        }
-
-        fn mounts(&self) -> usize {
-            let real = self.0.path().canonicalize().unwrap();
-            fs::read_to_string("/proc/self/mountinfo")
-                .unwrap()
-                .lines()
-                .filter(|l| l.split(' ').nth(4).unwrap().starts_with(real.to_str().unwrap()))
-                .count()
-        }
-    }
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let _ = unmount(&self.path("rootfs"));
-        }
-    }
-
-    fn bind(source: &str, options: &[&str]) -> RootfsMount {
-        RootfsMount {
-            fstype: "bind".into(),
-            source: source.into(),
-            target: String::new(),
-            options: options.iter().map(|o| (*o).to_owned()).collect(),
-        }
-    }
-
-    fn root() -> bool {
-        nix::unistd::geteuid().is_root()
-    }
-
-    #[test]
-    fn an_overlay_with_options_beyond_a_page_is_mounted_and_unmounted() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let layers: Vec<_> =
-            (0..120).map(|n| place.dir(&format!("{}-{n}", "x".repeat(60)))).collect();
-        fs::write(Path::new(&layers[119]).join("file"), "deep").unwrap();
-        assert!(layers.join(":").len() > 5000);
-        let start = Instant::now();
-        let mounted =
-            mount(&[place.overlay(&layers, &["index=off"])], &place.path("rootfs")).unwrap();
-        eprintln!("120 layers: {:?}", start.elapsed());
-        assert_eq!(fs::read_to_string(place.path("rootfs/file")).unwrap(), "deep");
-        fs::write(place.path("rootfs/new"), "").unwrap();
-        assert!(place.path("upper/new").exists());
-        mounted.unmount().unwrap();
-        assert_eq!(place.mounts(), 0);
-        unmount(&place.path("rootfs")).unwrap();
-    }
-
-    #[test]
-    fn an_overlay_mounts_in_less_than_a_millisecond() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let layers: Vec<_> = (0..5).map(|n| place.dir(&format!("lower{n}"))).collect();
-        let overlay = [place.overlay(&layers, &["index=off"])];
-        let mut times: Vec<_> = (0..20)
-            .map(|_| {
-                let start = Instant::now();
-                let mounted = mount(&overlay, &place.path("rootfs")).unwrap();
-                let time = start.elapsed();
-                mounted.unmount().unwrap();
-                time
-            })
-            .collect();
-        times.sort();
-        eprintln!("5 layers: median {:?}, worst {:?}", times[10], times[19]);
-        // Ample, for a busy machine; the median is some 100 µs.
-        assert!(times[10] < Duration::from_millis(5));
-    }
-
-    #[test]
-    fn a_layer_with_a_very_long_path_or_special_characters_is_found() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let long = place.dir(&format!("{}/{}", "a".repeat(200), "b".repeat(200)));
-        let odd = place.dir("with:colon,comma");
-        fs::write(Path::new(&long).join("long"), "").unwrap();
-        fs::write(Path::new(&odd).join("odd"), "").unwrap();
-        let layers = [long, odd.replace(':', "\\:").replace(',', "\\,")];
-        mount(&[place.overlay(&layers, &[])], &place.path("rootfs")).unwrap();
-        assert!(place.path("rootfs/long").exists() && place.path("rootfs/odd").exists());
-    }
-
-    #[test]
-    fn older_kernels_get_the_same_by_mount_2() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let target = place.path("rootfs");
-        let layers: Vec<_> =
-            (0..100).map(|n| place.dir(&format!("{}-{n}", "x".repeat(60)))).collect();
-        fs::write(Path::new(&layers[99]).join("file"), "deep").unwrap();
-        let overlay = place.overlay(&layers, &["index=off"]);
-        let options = Options::parse(&overlay.options);
-        classic_overlay(&overlay, &options, &open_directory(&target).unwrap(), &target).unwrap();
-        assert_eq!(fs::read_to_string(place.path("rootfs/file")).unwrap(), "deep");
-    }
-
-    #[test]
-    fn a_read_only_view_cannot_be_written() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let view = RootfsMount {
-            options: vec![format!("lowerdir={}:{}", place.dir("l1"), place.dir("l2")), "ro".into()],
-            ..place.overlay(&[], &[])
-        };
-        mount(&[view], &place.path("rootfs")).unwrap();
-        let error = fs::write(place.path("rootfs/x"), "").unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
-    }
-
-    #[test]
-    fn bind_mounts_take_their_attributes() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let source = place.dir("source");
-        fs::write(place.path("source/file"), "").unwrap();
-        mount(&[bind(&source, &["rbind", "ro"])], &place.path("rootfs")).unwrap();
-        assert!(place.path("rootfs/file").exists());
-        let error = fs::write(place.path("rootfs/x"), "").unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
-        fs::write(place.path("source/x"), "").unwrap();
-    }
-
-    #[test]
-    fn a_link_in_place_of_the_rootfs_is_refused() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let source = place.dir("source");
-        symlink(place.dir("elsewhere"), place.path("link")).unwrap();
-        let error = mount(&[bind(&source, &["bind"])], &place.path("link")).unwrap_err();
-        assert!(matches!(error, Error::Target { .. }), "{error}");
-        assert_eq!(place.mounts(), 0);
-    }
-
-    #[test]
-    fn mounts_upon_and_below_each_other_are_all_removed() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let (a, b) = (place.dir("a"), place.dir("b"));
-        fs::create_dir_all(place.path("b/sub")).unwrap();
-        let rootfs = place.path("rootfs");
-        mount(&[bind(&a, &["bind"]), bind(&b, &["bind"])], &rootfs).unwrap();
-        let below = RootfsMount { target: "/sub".into(), ..bind(&a, &["bind"]) };
-        mount(&[below], &rootfs).unwrap();
-        assert_eq!(place.mounts(), 3);
-        unmount(&rootfs).unwrap();
-        assert_eq!(place.mounts(), 0);
-    }
-
-    #[test]
-    fn a_busy_mount_is_waited_for_and_then_detached() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let source = place.dir("source");
-        fs::write(place.path("source/file"), "").unwrap();
-        mount(&[bind(&source, &["bind"])], &place.path("rootfs")).unwrap();
-        let user = fs::File::open(place.path("rootfs/file")).unwrap();
-        let release = std::thread::spawn(move || {
-            sleep(Duration::from_millis(60));
-            drop(user);
-        });
-        unmount(&place.path("rootfs")).unwrap();
-        assert_eq!(place.mounts(), 0);
-        release.join().unwrap();
-        mount(&[bind(&source, &["bind"])], &place.path("rootfs")).unwrap();
-        let _user = fs::File::open(place.path("rootfs/file")).unwrap();
-        unmount(&place.path("rootfs")).unwrap();
-        assert_eq!(place.mounts(), 0);
-    }
-
-    #[test]
-    fn a_failure_leaves_nothing_mounted_and_says_what_failed() {
-        if !root() {
-            return;
-        }
-        let place = Place::new();
-        let good = place.dir("good");
-        let mounts = [bind(&good, &["bind"]), bind("/does/not/exist", &["bind"])];
-        let text = mount(&mounts, &place.path("rootfs")).unwrap_err().to_string();
-        assert!(text.contains("/does/not/exist") && text.contains("no such file"), "{text}");
-        assert_eq!(place.mounts(), 0);
-        let missing = place.overlay(&["/does/not/exist".into()], &[]);
-        let text = mount(&[missing], &place.path("rootfs")).unwrap_err().to_string();
-        assert!(text.contains("/does/not/exist"), "{text}");
-        let unknown = place.overlay(std::slice::from_ref(&good), &["nonsense=1"]);
-        let text = mount(&[unknown], &place.path("rootfs")).unwrap_err().to_string();
-        assert!(text.contains("nonsense"), "{text}");
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        let place = Place::new();
-        let rootfs = place.path("rootfs");
-        fs::write(place.path("image"), "").unwrap();
-        let image = place.path("image").to_str().unwrap().to_owned();
-        for (fstype, source, option, expected) in [
-            ("format/mkdir/overlay", "overlay", "", "format/mkdir/overlay is not supported yet"),
-            ("erofs", image.as_str(), "", "erofs"),
-            ("ext4", "/dev/null", "loop", "\"loop\" of type ext4"),
-            ("", "x", "", "not supported yet"),
-        ] {
-            let mount_ = RootfsMount {
-                fstype: fstype.into(),
-                source: source.into(),
-                target: String::new(),
-                options: vec![option.into()],
-            };
-            let text = mount(&[mount_], &rootfs).unwrap_err().to_string();
-            assert!(text.contains(expected), "{fstype}: {text}");
-        }
-        let outside = RootfsMount { target: "a/../..".into(), ..bind("/tmp", &[]) };
-        fs::create_dir(place.path("rootfs/a")).unwrap();
-        assert!(matches!(mount(&[outside], &rootfs), Err(Error::Outside { .. })));
-    }
-
-    #[test]
-    fn layers_are_split_where_overlay_splits_them() {
-        let some = |key: &str, value: &str| (key.to_owned(), Some(value.to_owned()));
-        assert_eq!(
-            lower_layers("/a:/b\\:c::/d"),
-            [some("lowerdir+", "/a"), some("lowerdir+", "/b:c"), some("datadir+", "/d")]
-        );
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@
 
 pub mod command;
 pub mod landlock;
+pub mod loop_device;
 pub mod mount;
 pub mod namespace;
 pub mod pidfd;

@@ -266,6 +266,12 @@ impl<'a> Driver<'a> {
         };
         assert!(address.starts_with("unix://"), "not a bootstrap reply: {reply:?}");
         let client = Client::connect(&address).expect("connect to the shim");
+        let overlay = [
+            "index=off".to_owned(),
+            format!("workdir={}", bundle.join("work").display()),
+            format!("upperdir={}", bundle.join("upper").display()),
+            format!("lowerdir={}", self.node.root.join("rootfs").display()),
+        ];
         Shim {
             id: id.to_owned(),
             bundle,
@@ -274,7 +280,7 @@ impl<'a> Driver<'a> {
             client,
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),
-            lower: self.node.root.join("rootfs").display().to_string(),
+            rootfs: vec![mount("overlay", "overlay", &overlay)],
             _log: log,
         }
     }
@@ -317,6 +323,15 @@ impl<'a> Driver<'a> {
     }
 }
 
+/// A mount as containerd asks for it.
+pub fn mount(fstype: &str, source: &str, options: &[impl AsRef<str>]) -> Mount {
+    let mut mount = Mount::new();
+    mount.type_ = fstype.to_owned();
+    mount.source = source.to_owned();
+    mount.options = options.iter().map(|option| option.as_ref().to_owned()).collect();
+    mount
+}
+
 pub const V2: &str = "containerd.task.v2.Task";
 pub const V3: &str = "containerd.task.v3.Task";
 
@@ -340,8 +355,8 @@ pub struct Shim {
     pub patience: Duration,
     client: Client,
     options: Any,
-    /// The lower directories of its overlay.
-    pub lower: String,
+    /// What Create asks for: by default the overlay of containerd's snapshotter.
+    pub rootfs: Vec<Mount>,
     _log: Arc<File>,
 }
 
@@ -387,25 +402,19 @@ impl Shim {
         }
     }
 
-    /// The overlay that containerd's snapshotter would have asked for.
-    fn rootfs(&self) -> Vec<Mount> {
-        let mut mount = Mount::new();
-        mount.type_ = "overlay".to_owned();
-        mount.source = "overlay".to_owned();
-        mount.options = vec![
-            "index=off".to_owned(),
-            format!("workdir={}", self.bundle.join("work").display()),
-            format!("upperdir={}", self.bundle.join("upper").display()),
-            format!("lowerdir={}", self.lower),
-        ];
-        vec![mount]
+    /// Puts one more lower directory on top of those of the overlay.
+    pub fn add_layer(&mut self, layer: &Path) {
+        let options = self.rootfs.iter_mut().flat_map(|mount| &mut mount.options);
+        for option in options.filter(|option| option.starts_with("lowerdir=")) {
+            *option = option.replacen('=', &format!("={}:", layer.display()), 1);
+        }
     }
 
     pub fn create(&self, io: &Stdio3) -> Result<u32, Refusal> {
         let mut request = api::CreateTaskRequest::new();
         request.id.clone_from(&self.id);
         request.bundle = self.bundle.display().to_string();
-        request.rootfs = self.rootfs();
+        request.rootfs.clone_from(&self.rootfs);
         request.terminal = io.terminal;
         request.stdin.clone_from(&io.stdin);
         request.stdout.clone_from(&io.stdout);

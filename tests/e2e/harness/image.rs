@@ -164,3 +164,60 @@ fn write_archive(name: &str, command: serde_json::Value, layer: &[u8], archive: 
     fs::write(archive, out.0.into_inner().expect("finish the archive"))
         .expect("write the image archive");
 }
+
+/// An ext4 image of `megabytes` that holds a copy of `directory`.
+pub fn ext4(image: &Path, megabytes: u64, directory: &Path) {
+    let file = fs::File::create(image).expect("create the image");
+    file.set_len(megabytes << 20).expect("size the image");
+    let mut make = Command::new("/sbin/mkfs.ext4");
+    process::run(make.args(["-q", "-d"]).arg(directory).arg(image)).ok();
+}
+
+/// The smallest EROFS image: a root directory with one file. (mkfs.erofs is in no package that every
+/// Debian system has.) The layout is that of the kernel's documentation, without compression.
+pub fn erofs(image: &Path, name: &str, content: &[u8]) {
+    const BLOCK: usize = 4096;
+    // Inodes are numbered in units of 32 bytes from the start of the metadata, here the image.
+    const ROOT: u64 = 64;
+    const FILE: u64 = 65;
+    assert!(content.len() <= BLOCK);
+    let mut bytes = vec![0u8; 3 * BLOCK];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    let superblock = 1024;
+    put(superblock, &0xE0F5_E1E2_u32.to_le_bytes());
+    put(superblock + 12, &[12]); // log2 of the block size
+    put(superblock + 14, &(ROOT as u16).to_le_bytes());
+    put(superblock + 16, &2u64.to_le_bytes()); // inodes
+    put(superblock + 36, &3u32.to_le_bytes()); // blocks
+    let mut inode = |number: u64, mode: u16, links: u16, size: usize, block: u32| {
+        let at = number as usize * 32;
+        put(at + 4, &mode.to_le_bytes());
+        put(at + 6, &links.to_le_bytes());
+        put(at + 8, &(size as u32).to_le_bytes());
+        put(at + 16, &block.to_le_bytes());
+        put(at + 20, &(number as u32).to_le_bytes());
+    };
+    // Entries of 12 bytes, in the order of their names, which follow.
+    let entries = [(".", ROOT, 2u8), ("..", ROOT, 2), (name, FILE, 1)];
+    let names: usize = entries.iter().map(|(name, ..)| name.len()).sum();
+    inode(ROOT, 0o040_755, 2, entries.len() * 12 + names, 1);
+    inode(FILE, 0o100_644, 1, content.len(), 2);
+    let mut name_at = entries.len() * 12;
+    for (index, (name, inode, kind)) in entries.iter().enumerate() {
+        let at = BLOCK + index * 12;
+        put(at, &inode.to_le_bytes());
+        put(at + 8, &(name_at as u16).to_le_bytes());
+        put(at + 10, &[*kind]);
+        put(BLOCK + name_at, name.as_bytes());
+        name_at += name.len();
+    }
+    put(2 * BLOCK, content);
+    fs::write(image, bytes).expect("write the image");
+}
+
+/// How many loop devices have `image` behind them.
+pub fn loop_devices(image: &str) -> usize {
+    let devices = fs::read_dir("/sys/block").expect("list block devices").flatten();
+    let file = |d: fs::DirEntry| fs::read_to_string(d.path().join("loop/backing_file")).ok();
+    devices.filter_map(file).filter(|file| file.trim_end() == image).count()
+}

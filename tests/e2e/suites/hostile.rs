@@ -42,7 +42,7 @@ fn run_image(
     let uri = format!("file://{log}");
     let io = Stdio3 { stdout: uri.clone(), stderr: uri, ..Stdio3::default() };
     let mut shim = driver.start(&id, &spec);
-    shim.lower = format!("{}:{}", layer.display(), shim.lower);
+    shim.add_layer(&layer);
     let outcome = shim.create(&io).and_then(|_| shim.start("")).and_then(|_| shim.wait(""));
     shim.finish();
     driver.remove_bundle(&id);

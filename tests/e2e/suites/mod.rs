@@ -23,6 +23,7 @@ mod pods;
 mod process;
 mod proxmox;
 mod restart;
+mod rootfs;
 mod run;
 mod sandbox;
 mod seccomp;
@@ -107,6 +108,7 @@ pub fn all(setting: &Setting) -> Vec<Case> {
         seccomp::cases,
         hooks::cases,
         explain::cases,
+        rootfs::cases,
         events::cases,
         delete::cases,
         config::cases,

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +25,12 @@ pub enum Error {
     /// The kernel refused the options.
     #[error("mount {} at {destination:?}: set its options: {}", path.display(), text(source))]
     Change { path: PathBuf, destination: String, source: io::Error },
+    /// Not every file system can be id-mapped, and none twice.
+    #[error(
+        "mount {} at {destination:?}: map its ids: {} (can its file system be id-mapped?)",
+        path.display(), text(source)
+    )]
+    MapIds { path: PathBuf, destination: String, source: io::Error },
     /// The init binary's mount.
     #[error("open {} as a read-only mount: {}", path.display(), text(source))]
     ReadOnly { path: PathBuf, source: io::Error },
@@ -35,6 +41,15 @@ fn text(error: &io::Error) -> String {
         Some(code) => Errno::from_raw(code).desc().to_lowercase(),
         None => error.to_string(),
     }
+}
+
+/// Whose ids the files of a mount get.
+#[derive(Debug, Clone, Copy)]
+pub struct IdMap<'a> {
+    /// Carries the mappings.
+    pub user_namespace: BorrowedFd<'a>,
+    /// Also of the mounts below it.
+    pub recursive: bool,
 }
 
 /// A detached mount.
@@ -59,6 +74,7 @@ pub fn open(
     recursive: bool,
     attributes: MountAttributes,
     propagation: &[u64],
+    ids: Option<IdMap<'_>>,
 ) -> Result<DetachedMount, Error> {
     let opened = api::clone_tree(source, recursive).and_then(|fd| {
         // fstat works on a descriptor that is only a place in the tree.
@@ -71,6 +87,15 @@ pub fn open(
         destination: destination.to_owned(),
         source: source_error,
     })?;
+    if let Some(IdMap { user_namespace, recursive }) = ids {
+        api::map_ids(mount.fd.as_fd(), recursive, user_namespace).map_err(|source_error| {
+            Error::MapIds {
+                path: source.to_owned(),
+                destination: destination.to_owned(),
+                source: source_error,
+            }
+        })?;
+    }
     apply(&mount.fd, recursive, attributes, propagation).map_err(|source_error| Error::Change {
         path: source.to_owned(),
         destination: destination.to_owned(),
@@ -174,7 +199,7 @@ mod tests {
     #[test]
     fn a_missing_source_is_named_with_its_destination() {
         let error =
-            open(Path::new("/no/such"), "/data", false, MountAttributes::default(), PRIVATE);
+            open(Path::new("/no/such"), "/data", false, MountAttributes::default(), PRIVATE, None);
         let text = error.unwrap_err().to_string();
         for part in ["/no/such", "/data", "no such file or directory"] {
             assert!(text.contains(part), "{text}");
@@ -191,7 +216,8 @@ mod tests {
         std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
         for (name, directory) in [("", true), ("file", false), ("link", false)] {
             let path = dir.path().join(name);
-            let mount = open(&path, "/x", false, MountAttributes::default(), PRIVATE).unwrap();
+            let mount =
+                open(&path, "/x", false, MountAttributes::default(), PRIVATE, None).unwrap();
             assert_eq!(mount.directory, directory, "{name}");
         }
     }
@@ -208,9 +234,11 @@ mod tests {
         let ro = libc::MOUNT_ATTR_RDONLY;
         let top = MountAttributes { set: ro, ..MountAttributes::default() };
         let all = MountAttributes { recursive_set: ro, ..MountAttributes::default() };
-        let plain = open(dir.path(), "/x", true, top, &[libc::MS_PRIVATE | libc::MS_REC]).unwrap();
-        let recursive = open(dir.path(), "/x", true, all, PRIVATE).unwrap();
-        let shallow = open(dir.path(), "/x", false, MountAttributes::default(), PRIVATE).unwrap();
+        let plain =
+            open(dir.path(), "/x", true, top, &[libc::MS_PRIVATE | libc::MS_REC], None).unwrap();
+        let recursive = open(dir.path(), "/x", true, all, PRIVATE, None).unwrap();
+        let shallow =
+            open(dir.path(), "/x", false, MountAttributes::default(), PRIVATE, None).unwrap();
         let results = (
             create(&plain.fd, "a").err(),
             create(&plain.fd, "sub/a").err(),
@@ -240,7 +268,7 @@ mod tests {
         fs::create_dir(base.join("sub")).unwrap();
         fs::create_dir(base.join("at")).unwrap();
         let none = MountAttributes::default();
-        let private = open(base, "/x", false, none, &[]).unwrap();
+        let private = open(base, "/x", false, none, &[], None).unwrap();
         let changed = api::change(
             private.fd.as_fd(),
             false,
@@ -249,7 +277,7 @@ mod tests {
         // Attach it in this namespace to see its line in mountinfo.
         let at = tempfile::tempdir().unwrap();
         let shown = |kind: u64| {
-            let clone = open(base, "/x", false, none, &[kind]).unwrap();
+            let clone = open(base, "/x", false, none, &[kind], None).unwrap();
             let target = File::open(at.path()).unwrap();
             mount(Some("p"), at.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
             mount(None::<&str>, at.path(), None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
@@ -272,6 +300,29 @@ mod tests {
         assert!(!lines[0].contains("shared:") && !lines[0].contains("master:"), "{}", lines[0]);
         assert!(lines[1].contains("master:") && !lines[1].contains("shared:"), "{}", lines[1]);
         assert!(lines[2].contains("shared:"), "{}", lines[2]);
+    }
+
+    #[test]
+    fn an_id_mapped_mount_shows_mapped_owners_and_stores_unmapped_ones() {
+        use std::os::unix::fs::MetadataExt;
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let map = "0 100000 65536\n";
+        let user_namespace = crate::sys::user_namespace::with_mappings(map, map).unwrap();
+        let ids = Some(IdMap { user_namespace: user_namespace.as_fd(), recursive: false });
+        let none = MountAttributes::default();
+        let mount = open(dir.path(), "/x", false, none, PRIVATE, ids).unwrap();
+        let seen = openat(&mount.fd, "file", OFlag::O_RDONLY, Mode::empty()).unwrap();
+        let seen = File::from(seen).metadata().unwrap();
+        assert_eq!((seen.uid(), seen.gid()), (100_000, 100_000));
+        assert_eq!(dir.path().join("file").metadata().unwrap().uid(), 0);
+        // Host root has no id there.
+        assert_eq!(create(&mount.fd, "new").err(), Some(Errno::EOVERFLOW));
+        let error = open(Path::new("/proc"), "/x", false, none, PRIVATE, ids).unwrap_err();
+        assert!(error.to_string().contains("can its file system be id-mapped?"), "{error}");
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod error;
 mod fields;
 mod hooks;
 mod host;
+mod id_mappings;
 mod mounts;
 mod namespaces;
 pub mod plan;

@@ -7,8 +7,8 @@ use oci_spec::runtime::Mount as OciMount;
 use proxmox_shim_init::protocol::{Mount, MountSource};
 
 use super::document::Document;
-use super::plan::{MountAttributes, PlannedMount};
-use super::{Cgroups, Error, Host};
+use super::plan::{MountAttributes, MountIds, PlannedMount};
+use super::{Cgroups, Error, Host, id_mappings};
 
 /// `MOUNT_ATTR_*` of `linux/mount.h`, which the libc crate lacks.
 mod attr {
@@ -133,7 +133,8 @@ struct Options {
     /// Names of the recursive options, as `MS_*` for a mount that has nothing below it.
     recursive_as_flags: (u64, u64),
     copy_up: bool,
-    idmap: bool,
+    /// `idmap` (false) or `ridmap` (true).
+    id_map: Option<bool>,
     data: Vec<String>,
 }
 
@@ -150,7 +151,8 @@ impl Options {
             } else {
                 match name {
                     "tmpcopyup" => parsed.copy_up = true,
-                    "idmap" | "ridmap" => parsed.idmap = true,
+                    "idmap" => parsed.id_map = Some(false),
+                    "ridmap" => parsed.id_map = Some(true),
                     "defaults" | "" => {}
                     _ => parsed.data.push(option.clone()),
                 }
@@ -258,12 +260,7 @@ fn convert(
     warnings: &mut Vec<String>,
 ) -> Result<PlannedMount, Error> {
     let mut options = Options::parse(mount.options().as_deref().unwrap_or_default());
-    if options.idmap {
-        return Err(Error::unsupported(
-            format!("{field}.options \"idmap\""),
-            "id-mapped mounts are not available yet",
-        ));
-    }
+    let ids = mount_ids(field, mount, &options)?;
     let mut destination = text(mount.destination());
     if !mount.destination().is_absolute() {
         warnings.push(format!("{field}.destination is not absolute: taken relative to /"));
@@ -305,7 +302,11 @@ fn convert(
             recursive: options.set & libc::MS_REC != 0,
             attributes: options.attributes(),
             propagation,
+            ids,
         });
+    }
+    if ids.is_some() {
+        return Err(Error::invalid(field, "has id mappings, which only bind mounts can have"));
     }
 
     if matches!(fstype.as_str(), "" | "none" | "bind" | "rbind") {
@@ -342,6 +343,25 @@ fn convert(
         copy_up: options.copy_up,
         propagation: options.propagation,
     }))
+}
+
+/// The mappings of a mount: as with runc the option without mappings means those of the container,
+/// and mappings without the option mean `idmap`.
+fn mount_ids(field: &str, mount: &OciMount, options: &Options) -> Result<Option<MountIds>, Error> {
+    let own = id_mappings::convert(
+        field,
+        mount.uid_mappings().as_deref().unwrap_or_default(),
+        mount.gid_mappings().as_deref().unwrap_or_default(),
+    )?;
+    let recursive = options.id_map.unwrap_or(false);
+    match (own, options.id_map) {
+        (Some(mappings), _) => Ok(Some(MountIds { mappings, recursive })),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Error::invalid(
+            format!("{field}.uidMappings"),
+            "is missing: without a user namespace there is nothing to map the ids by",
+        )),
+    }
 }
 
 /// Only procfs may cover `/proc`, and only a few files below it may be replaced: otherwise a
@@ -415,6 +435,7 @@ fn text(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::{IdMapping, IdMappings};
     use super::super::tests::host;
     use super::*;
 
@@ -587,6 +608,26 @@ mod tests {
     }
 
     #[test]
+    fn mappings_of_a_bind_mount() {
+        const MAPPINGS: &str = r#""uidMappings":[{"containerID":0,"hostID":100000,"size":10}],
+            "gidMappings":[{"containerID":5,"hostID":200000,"size":1}]"#;
+        let mapping = |container, host, size| IdMapping { container, host, size };
+        let mappings =
+            IdMappings { uids: vec![mapping(0, 100_000, 10)], gids: vec![mapping(5, 200_000, 1)] };
+        for (options, recursive) in
+            [(r#""bind""#, false), (r#""rbind","idmap""#, false), (r#""rbind","ridmap""#, true)]
+        {
+            let mount =
+                format!(r#"{{"destination":"/d","source":"/s","options":[{options}],{MAPPINGS}}}"#);
+            let ids = match read_json(&mount, None).unwrap() {
+                PlannedMount::Bind { ids, .. } => ids,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(ids, Some(MountIds { mappings: mappings.clone(), recursive }), "{options}");
+        }
+    }
+
+    #[test]
     fn relative_sources_are_the_bundle_s() {
         let mount = read_json(r#"{"destination":"/d","source":"vol","options":["bind"]}"#, None);
         assert!(matches!(mount.unwrap(), PlannedMount::Bind { source, .. }
@@ -616,7 +657,18 @@ mod tests {
             ),
             (
                 r#"{"destination":"/d","source":"/s","options":["bind","ridmap"]}"#,
-                "mounts[0].options \"idmap\" is not supported",
+                "mounts[0].uidMappings is missing",
+            ),
+            (
+                r#"{"destination":"/d","source":"/s","options":["bind"],
+                    "uidMappings":[{"containerID":0,"hostID":5,"size":1}]}"#,
+                "mounts[0].gidMappings is missing",
+            ),
+            (
+                r#"{"destination":"/d","type":"tmpfs",
+                    "uidMappings":[{"containerID":0,"hostID":5,"size":1}],
+                    "gidMappings":[{"containerID":0,"hostID":5,"size":1}]}"#,
+                "mounts[0] has id mappings, which only bind mounts can have",
             ),
             (r#"{"destination":"/proc","type":"tmpfs"}"#, "mounts[0].destination must not cover"),
             (

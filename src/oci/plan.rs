@@ -111,6 +111,9 @@ pub enum PlannedMount {
         /// the host's peer group would carry the container's mounts to the host. Slave first, as
         /// with runc, unless `rootfsPropagation` says otherwise; then the mount's own options.
         propagation: Vec<u64>,
+        /// The mount is id-mapped: files that belong to a `container` id of the mappings appear as
+        /// those of the `host` id.
+        ids: Option<MountIds>,
     },
     /// Anything init mounts by itself.
     Init(Mount),
@@ -133,6 +136,29 @@ pub struct SeccompAgent {
     pub socket: PathBuf,
     /// Told to it verbatim.
     pub metadata: String,
+}
+
+/// How a bind mount is id-mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountIds {
+    pub mappings: IdMappings,
+    /// `ridmap`: also the mounts below it.
+    pub recursive: bool,
+}
+
+/// Which ids of a user namespace are which outside (user_namespaces(7)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdMappings {
+    pub uids: Vec<IdMapping>,
+    pub gids: Vec<IdMapping>,
+}
+
+/// `size` ids from `container` on are those from `host` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdMapping {
+    pub container: u32,
+    pub host: u32,
+    pub size: u32,
 }
 
 /// Limits. `None` leaves the kernel's default; OCI's `-1` (no limit) is [`Limit::Max`].

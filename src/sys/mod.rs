@@ -11,6 +11,7 @@ pub mod pidfd;
 pub mod pipe;
 pub mod socket;
 pub mod tty;
+pub mod user_namespace;
 
 use std::io;
 use std::os::fd::OwnedFd;

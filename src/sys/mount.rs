@@ -50,12 +50,23 @@ pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 /// # Errors
 /// Those of `mount_setattr(2)`; nothing was changed then.
 pub fn change(mount: BorrowedFd<'_>, recursive: bool, change: Change) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: change.set,
-        attr_clr: change.clear,
-        propagation: change.propagation,
-        userns_fd: 0,
-    };
+    set_attributes(
+        mount,
+        recursive,
+        libc::mount_attr {
+            attr_set: change.set,
+            attr_clr: change.clear,
+            propagation: change.propagation,
+            userns_fd: 0,
+        },
+    )
+}
+
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attr: libc::mount_attr,
+) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, `attr` is valid for the size that is passed.
     let r = unsafe {
@@ -69,6 +80,28 @@ pub fn change(mount: BorrowedFd<'_>, recursive: bool, change: Change) -> io::Res
         )
     };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Shows the files of a detached mount, and of those below it if `recursive`, with the ids that
+/// `user_namespace` maps theirs to.
+///
+/// # Errors
+/// `EINVAL` if a file system cannot be mapped (overlay, for one) or is mapped already.
+pub fn map_ids(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    user_namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
+    set_attributes(
+        mount,
+        recursive,
+        libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: user_namespace.as_raw_fd().unsigned_abs().into(),
+        },
+    )
 }
 
 /// Attaches a detached mount on what `target` is open on.

@@ -112,6 +112,23 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 /// # Errors
 /// `ECHILD` if it is not a child, or was reaped already.
 pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ExitStatus>> {
+    wait_with(pidfd, libc::WNOHANG)
+}
+
+/// Waits for the end of a child of this process, which the caller knows to be near, and reaps it.
+///
+/// # Errors
+/// As [`reap`].
+pub fn wait(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    loop {
+        match wait_with(pidfd, 0) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map(drop),
+        }
+    }
+}
+
+fn wait_with(pidfd: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<Option<ExitStatus>> {
     // SAFETY: siginfo_t is plain data; all-zero is a valid value.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: `info` outlives the call; P_PIDFD takes a descriptor as the id.
@@ -120,7 +137,7 @@ pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ExitStatus>> {
             libc::P_PIDFD,
             pidfd.as_raw_fd().unsigned_abs(),
             &raw mut info,
-            libc::WEXITED | libc::WNOHANG,
+            libc::WEXITED | flags,
         )
     };
     if r != 0 {

@@ -1,6 +1,6 @@
 //! Makes a container: from containerd's request to an init that waits for its start.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::lxc::detached::DetachedMount;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
-use crate::oci::plan::{Namespace, Plan, PlannedMount, Resources};
+use crate::oci::plan::{IdMappings, Namespace, Plan, PlannedMount, Resources};
 use crate::oci::{self, Host};
 use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
@@ -593,13 +593,26 @@ pub(super) fn poststop(plan: &Plan) -> Option<Poststop> {
 fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {
     let mut opened = Vec::new();
     for mount in mounts {
-        if let PlannedMount::Bind { source, destination, recursive, attributes, propagation } =
+        let PlannedMount::Bind { source, destination, recursive, attributes, propagation, ids } =
             mount
-        {
-            opened.push(detached::open(source, destination, *recursive, *attributes, propagation)?);
-        }
+        else {
+            continue;
+        };
+        let carrier = ids.as_ref().map(|ids| user_namespace(&ids.mappings)).transpose()?;
+        let ids = ids.as_ref().zip(carrier.as_ref()).map(|(ids, carrier)| detached::IdMap {
+            user_namespace: carrier.as_fd(),
+            recursive: ids.recursive,
+        });
+        let mount = detached::open(source, destination, *recursive, *attributes, propagation, ids)?;
+        opened.push(mount);
     }
     Ok(opened)
+}
+
+/// A user namespace that only carries mappings.
+fn user_namespace(mappings: &IdMappings) -> Result<OwnedFd> {
+    sys::user_namespace::with_mappings(&mappings.uid_map(), &mappings.gid_map())
+        .map_err(|source| Error::Io { action: "make a user namespace for id mappings", source })
 }
 
 /// The `CLONE_NEW*` flags of the namespaces in which a process differs from the shim.

@@ -43,6 +43,7 @@ cases!("oci":
     proxmox:
     unsupported_field_is_refused_by_its_name,
     start_container_hook_runs_inside,
+    id_mapped_bind_mount,
     root_propagation_is_set,
     device_rules_with_a_hole_are_refused,
     exec_is_no_harder_to_kill_than_the_container,
@@ -453,6 +454,41 @@ fn unsupported_field_is_refused_by_its_name(t: &Test) {
             .expect_err("refused");
         assert!(refusal.message.contains(field), "{field}: {}", refusal.message);
     }
+}
+
+fn id_mapped_bind_mount(t: &Test) {
+    use std::os::unix::fs::{MetadataExt, chown};
+    let directory = t.file("volume");
+    fs::create_dir_all(format!("{directory}/below")).expect("create the volume");
+    fs::write(format!("{directory}/of-1000"), "").expect("write");
+    for path in [directory.clone(), format!("{directory}/of-1000")] {
+        chown(path, Some(1000), Some(1001)).expect("chown");
+    }
+    // Files of 1000 on the disk are those of 0 in the container.
+    let mappings = |id: u32| json!([{"containerID": id, "hostID": 0, "size": 1}]);
+    let script = "stat -c %u:%g /v/of-1000; stat -c %u:%g /v/below; echo x > /v/new";
+    let (status, text) = t
+        .run_spec(&t.id("a"), &["sh", "-c", script], |spec| {
+            spec["mounts"].as_array_mut().expect("a list").push(json!({
+                "destination": "/v", "type": "bind", "source": directory,
+                "options": ["rbind", "ridmap"],
+                "uidMappings": mappings(1000), "gidMappings": mappings(1001),
+            }));
+        })
+        .expect("runs");
+    // What has no mapping belongs to nobody.
+    assert_eq!((status, text.as_str()), (0, "0:0\n65534:65534"));
+    let made = fs::metadata(format!("{directory}/new")).expect("written");
+    assert_eq!((made.uid(), made.gid()), (1000, 1001));
+    let refusal = t
+        .run_spec(&t.id("b"), &["true"], |spec| {
+            spec["mounts"].as_array_mut().expect("a list").push(json!({
+                "destination": "/v", "type": "bind", "source": directory,
+                "options": ["bind", "idmap"],
+            }));
+        })
+        .expect_err("nothing to map by");
+    assert!(refusal.message.contains("uidMappings is missing"), "{}", refusal.message);
 }
 
 fn start_container_hook_runs_inside(t: &Test) {

@@ -5,10 +5,10 @@
 //! The directory lies on a tmpfs: after a reboot it is gone, and so is the CT's process.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -85,6 +85,22 @@ impl RunDir {
             }
             result => result.map_err(io),
         }
+    }
+
+    /// Lets a group pass: root of a user namespace is nobody on the node, but LXC's child has to reach
+    /// what lies below by its path. The directories above can be passed by all, as only this one keeps
+    /// others out.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn admit(&self, group: u32) -> Result<(), Error> {
+        for above in self.0.ancestors().skip(1).take(2) {
+            std::fs::set_permissions(above, Permissions::from_mode(0o711))
+                .map_err(|source| Error::Io { action: "open", path: above.to_owned(), source })?;
+        }
+        chown(&self.0, None, Some(group))
+            .and_then(|()| std::fs::set_permissions(&self.0, Permissions::from_mode(0o710)))
+            .map_err(|source| Error::Io { action: "open", path: self.0.clone(), source })
     }
 
     /// Removes it and, if it was the last, its namespace's directory. Succeeds if it is gone.

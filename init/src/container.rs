@@ -41,32 +41,39 @@ pub fn run() -> ExitCode {
 
 fn become_workload(channel: &Channel) -> Error {
     let prepare = || {
-        let (setup, root) = set_up(channel)?;
+        let (setup, root, procfs) = set_up(channel)?;
         match channel.receive()? {
             (Request::Go, _) => {}
             _ => return Err(Error::Protocol("expected Go")),
         }
-        Ok((setup, root))
+        Ok((setup, root, procfs))
     };
     match prepare() {
-        Ok((setup, root)) => process::execute(&setup.process, root, channel, || {
-            oci_hooks::start_container(&setup.start_container)
-        }),
+        Ok((setup, root, procfs)) => {
+            process::execute(&setup.process, root, procfs, channel, || {
+                oci_hooks::start_container(&setup.start_container)
+            })
+        }
         Err(error) => error,
     }
 }
 
-/// Everything up to [`Reply::Ready`].
-fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
+/// Everything up to [`Reply::Ready`]. The procfs is attached nowhere; the process may need it.
+fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root, Option<OwnedFd>)> {
     channel.send(&Reply::Hello { version: VERSION }, &[])?;
     let Received { setup, time_namespace, stdio } = receive_setup(channel)?;
     enter_time_namespace(&setup.time_namespace, time_namespace)?;
     // Modes below are exact.
     sys::umask(0);
+    // While LXC's can be seen.
+    let instances = mounts::new_procfs(&setup.mounts)?;
+    let procfs = (!setup.sysctls.is_empty() || process::needs_procfs(&setup.process))
+        .then(process::private_procfs)
+        .transpose()?;
     remove_traces()?;
     let root = Root::open().attempt(|| "open the container's root")?;
 
-    let mut mounter = Mounter::new(&root, channel);
+    let mut mounter = Mounter::new(&root, channel, instances);
     for mount in &setup.mounts {
         mounter.mount(mount)?;
     }
@@ -90,7 +97,9 @@ fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
     if let Some(name) = &setup.domainname {
         sys::set_domainname(name).attempt(|| format!("set the domain name {}", quote(name)))?;
     }
-    write_sysctls(&setup.sysctls)?;
+    if let Some(procfs) = &procfs {
+        write_sysctls(procfs, &setup.sysctls)?;
+    }
 
     mounts::make_read_only(&root, &setup.readonly_paths)?;
     mounts::mask(&root, &setup.masked_paths)?;
@@ -107,7 +116,7 @@ fn set_up(channel: &Channel) -> Result<(ContainerSetup, Root)> {
             .attempt(|| "make the root read-only")?;
     }
     streams.report_ready(channel)?;
-    Ok((setup, root))
+    Ok((setup, root, procfs))
 }
 
 /// The moment for which the specification has three kinds of hooks: all mounts are there, and
@@ -245,17 +254,13 @@ fn make_cwd(root: &Root, cwd: &str) -> Result<()> {
     root.target(cwd, Kind::Directory).map(drop).attempt(|| format!("mkdir {cwd}"))
 }
 
-pub(crate) fn write_sysctls(sysctls: &[(String, String)]) -> Result<()> {
-    if sysctls.is_empty() {
-        return Ok(());
-    }
-    let proc = process::private_procfs()?;
+pub(crate) fn write_sysctls(procfs: &OwnedFd, sysctls: &[(String, String)]) -> Result<()> {
     for (key, value) in sysctls {
         let action = || format!("set sysctl {} to {}", quote(key), quote(value));
         let path = sysctl_path(key)
             .ok_or_else(|| Error::Refused { object: quote(key), reason: "is no sysctl" })?;
         sys::c_string(path)
-            .and_then(|path| process::write_at(&proc, &path, value))
+            .and_then(|path| process::write_at(procfs, &path, value))
             .attempt(action)?;
     }
     Ok(())

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 
 use crate::error::{Attempt, Error, Result};
@@ -46,7 +46,7 @@ fn start(channel: &Channel) -> Result<()> {
     };
     let mut fds = fds.into_iter();
     let missing = || Error::Protocol("a descriptor of Exec is missing");
-    let setup: ExecSetup = read_setup(fds.next().ok_or_else(missing)?)?;
+    let mut setup: ExecSetup = read_setup(fds.next().ok_or_else(missing)?)?;
     let pidfd = fds.next().ok_or_else(missing)?;
     let mut files: Vec<OwnedFd> = fds.by_ref().take(cgroup_files).collect();
     let stdio_fds: Vec<OwnedFd> = fds.collect();
@@ -69,7 +69,13 @@ fn start(channel: &Channel) -> Result<()> {
         Some(_) => setup.namespaces & libc::CLONE_NEWCGROUP as u32,
         None => 0,
     };
-    sys::enter_namespaces(pidfd.as_fd(), setup.namespaces & !later)
+    // In a user namespace the new process loses what it needs for some of its settings.
+    let user = setup.namespaces & libc::CLONE_NEWUSER as u32;
+    let procfs = process::needs_procfs(&setup.process)
+        .then(|| sys::openat(sys::cwd(), c"/proc", libc::O_PATH | libc::O_DIRECTORY, 0))
+        .transpose()
+        .attempt(|| "open the node's \"/proc\"")?;
+    sys::enter_namespaces(pidfd.as_fd(), setup.namespaces & !later & !user)
         .attempt(|| "enter the namespaces of the CT (is its init still running?)")?;
     // The new process must not say anything before Spawned has been sent.
     let (wait, release) = sys::pipe().attempt(|| "create a pipe")?;
@@ -93,6 +99,13 @@ fn start(channel: &Channel) -> Result<()> {
                 sys::enter_namespaces(pidfd.as_fd(), later)
                     .attempt(|| "enter the cgroup namespace of the CT")?;
             }
+            process::set_privileged(&setup.process, procfs.as_ref())?;
+            (setup.process.oom_score_adj, setup.process.apparmor_profile) = (None, None);
+            setup.process.rlimits.clear();
+            drop(procfs);
+            if user != 0 {
+                become_root_of(pidfd.as_fd())?;
+            }
             drop(pidfd);
             set_affinity(affinity.last.as_ref())?;
             Err(become_process(channel, &setup, stdio_fds))
@@ -107,6 +120,17 @@ fn set_affinity(cpus: Option<&BitSet>) -> Result<()> {
     }
 }
 
+/// Enters the user namespace of a process.
+fn become_root_of(process: BorrowedFd<'_>) -> Result<()> {
+    sys::enter_namespaces(process, libc::CLONE_NEWUSER as u32)
+        .attempt(|| "enter the user namespace of the CT")?;
+    // Root of the node is nobody there, who may not even open a terminal.
+    sys::set_groups(&[])
+        .and_then(|()| sys::set_gid(0))
+        .and_then(|()| sys::set_uid(0))
+        .attempt(|| "become root of the CT")
+}
+
 fn become_process(channel: &Channel, setup: &ExecSetup, stdio: Vec<OwnedFd>) -> Error {
     let prepare = || {
         let root = Root::open().attempt(|| "open the container's root")?;
@@ -114,7 +138,7 @@ fn become_process(channel: &Channel, setup: &ExecSetup, stdio: Vec<OwnedFd>) -> 
         Ok(root)
     };
     match prepare() {
-        Ok(root) => process::execute(&setup.process, root, channel, || Ok(())),
+        Ok(root) => process::execute(&setup.process, root, None, channel, || Ok(())),
         Err(error) => error,
     }
 }

@@ -133,9 +133,11 @@ fn prepare(channel: &Channel, setup: &HolderSetup) -> Result<()> {
     if setup.loopback_up {
         sys::loopback_up().attempt(|| "bring the loopback interface up")?;
     }
-    container::write_sysctls(&setup.sysctls)?;
     let process = unprivileged(setup);
-    process::through_procfs(&process)?;
+    let procfs = process::private_procfs()?;
+    container::write_sysctls(&procfs, &setup.sysctls)?;
+    process::set_privileged(&process, Some(&procfs))?;
+    drop(procfs);
     enter_empty_root()?;
     process::become_user(&process, false)?;
     sys::set_no_new_privileges().attempt(|| "set no_new_privs")?;

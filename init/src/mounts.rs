@@ -106,10 +106,44 @@ fn new_filesystem(
     })
 }
 
+/// New instances of procfs for those of `mounts` that want one, in their order.
+///
+/// A user namespace gets a new one only as long as another one can be seen completely, which LXC has
+/// made for this purpose and init removes.
+pub fn new_procfs(mounts: &[Mount]) -> Result<VecDeque<OwnedFd>> {
+    let mut instances = VecDeque::new();
+    for mount in mounts {
+        if let MountSource::Filesystem { source, fstype, flags, data } = &mount.source
+            && fstype == "proc"
+        {
+            let made = split_flags(*flags)
+                .and_then(|flags| new_filesystem(fstype, source, &flags, flags.attributes, data));
+            instances.push_back(made.map_err(|reason| failed(mount, reason))?);
+        }
+    }
+    Ok(instances)
+}
+
+/// The words are runc's.
+fn failed(mount: &Mount, reason: Error) -> Error {
+    let source = match &mount.source {
+        MountSource::Detached { .. } => "bind",
+        MountSource::Filesystem { source, .. } => source,
+        MountSource::Cgroup { .. } => "cgroup",
+    };
+    Error::Mount {
+        source_name: source.to_owned(),
+        destination: mount.destination.clone(),
+        reason: Box::new(reason),
+    }
+}
+
 /// Makes the mounts of one container.
 pub struct Mounter<'a> {
     root: &'a Root,
     channel: &'a Channel,
+    /// See [`new_procfs`].
+    procfs: VecDeque<OwnedFd>,
     /// Detached mounts that have arrived but are not attached yet.
     arrived: VecDeque<OwnedFd>,
     /// What [`Mounter::finish`] makes read-only.
@@ -117,26 +151,17 @@ pub struct Mounter<'a> {
 }
 
 impl<'a> Mounter<'a> {
-    /// Detached mounts are received over `channel` when they are needed.
-    pub fn new(root: &'a Root, channel: &'a Channel) -> Self {
-        Self { root, channel, arrived: VecDeque::new(), read_only_later: Vec::new() }
+    /// Detached mounts are received over `channel` when they are needed; `procfs` are the
+    /// [`new_procfs`].
+    pub fn new(root: &'a Root, channel: &'a Channel, procfs: VecDeque<OwnedFd>) -> Self {
+        Self { root, channel, procfs, arrived: VecDeque::new(), read_only_later: Vec::new() }
     }
 
     /// Makes one mount.
     pub fn mount(&mut self, mount: &Mount) -> Result<()> {
-        let source = match &mount.source {
-            MountSource::Detached { .. } => "bind",
-            MountSource::Filesystem { source, .. } => source,
-            MountSource::Cgroup { .. } => "cgroup",
-        };
-        // The words are runc's.
         self.mount_one(mount).map_err(|e| match e {
             Error::Disconnected => Error::Disconnected,
-            e => Error::Mount {
-                source_name: source.to_owned(),
-                destination: mount.destination.clone(),
-                reason: Box::new(e),
-            },
+            e => failed(mount, e),
         })
     }
 
@@ -217,6 +242,10 @@ impl<'a> Mounter<'a> {
         let flags = split_flags(flags)?;
         let target = self.target(destination, Kind::Directory)?;
         check_proc(destination, target.fd.as_fd(), fstype == "proc")?;
+        if fstype == "proc" {
+            let fd = self.procfs.pop_front().ok_or(Error::Protocol("a procfs is missing"))?;
+            return attach(fd, target.fd.as_fd());
+        }
         if fstype != "tmpfs" {
             let fd = new_filesystem(fstype, source, &flags, flags.attributes, data)?;
             return attach(fd, target.fd.as_fd());

@@ -28,13 +28,17 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 ///
 /// `before` runs last, with all of the process's restrictions: what it executes comes from the
 /// image.
+///
+/// `procfs` is used as [`needs_procfs`] says, instead of the container's: that may be missing, or
+/// covered by the image or by another process of the container.
 pub fn execute(
     process: &Process,
     root: Root,
+    procfs: Option<OwnedFd>,
     channel: &Channel,
     before: impl FnOnce() -> Result<()>,
 ) -> Error {
-    match apply(process, root, channel, before) {
+    match apply(process, root, procfs, channel, before) {
         Ok(never) => match never {},
         Err(error) => error,
     }
@@ -45,6 +49,7 @@ enum Never {}
 fn apply(
     process: &Process,
     root: Root,
+    procfs: Option<OwnedFd>,
     channel: &Channel,
     before: impl FnOnce() -> Result<()>,
 ) -> Result<Never> {
@@ -55,7 +60,8 @@ fn apply(
     // Nothing of a directory may stay open: it would be reachable as /proc/self/fd/N by `cwd`.
     drop(root);
 
-    through_procfs(process)?;
+    set_privileged(process, procfs.as_ref())?;
+    drop(procfs);
     match sys::new_session_keyring() {
         // Kernels without keys, and policies against them: nothing to separate then.
         Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
@@ -68,10 +74,6 @@ fn apply(
             .attempt(|| "scope the abstract Unix sockets (Landlock, kernel 6.12)")?;
     }
     sys::umask(process.umask.unwrap_or(DEFAULT_UMASK));
-    for limit in &process.rlimits {
-        sys::set_rlimit(limit.resource, limit.soft, limit.hard)
-            .attempt(|| format!("error setting rlimit type {}", limit.resource))?;
-    }
 
     if let Some(scheduler) = &process.scheduler {
         sys::set_scheduler(scheduler).attempt(|| "error setting scheduler")?;
@@ -121,31 +123,37 @@ fn apply(
     Err(Error::Execute { path: found, source })
 }
 
-/// Settings that exist only as files of procfs.
-///
-/// Through an own, detached instance: the container's `/proc` may be missing, or covered by the
-/// image or by another process of the container.
-pub(crate) fn through_procfs(process: &Process) -> Result<()> {
-    if process.oom_score_adj.is_none() && process.apparmor_profile.is_none() {
+/// Whether the process has settings that exist only as files of procfs.
+pub fn needs_procfs(process: &Process) -> bool {
+    process.oom_score_adj.is_some() || process.apparmor_profile.is_some()
+}
+
+/// The settings that take privileges on the node: root of a user namespace has none of them.
+pub fn set_privileged(process: &Process, procfs: Option<&OwnedFd>) -> Result<()> {
+    for limit in &process.rlimits {
+        sys::set_rlimit(limit.resource, limit.soft, limit.hard)
+            .attempt(|| format!("error setting rlimit type {}", limit.resource))?;
+    }
+    if !needs_procfs(process) {
         return Ok(());
     }
-    let proc = private_procfs()?;
+    let proc = procfs.ok_or(Error::Protocol("a procfs is missing"))?;
     if let Some(score) = process.oom_score_adj {
         let path = c"thread-self/oom_score_adj";
         let text = score.to_string();
         // Lowering needs CAP_SYS_RESOURCE even if the value does not change.
-        let current = read_at(&proc, path).unwrap_or_default();
+        let current = read_at(proc, path).unwrap_or_default();
         if current.trim() != text {
-            write_at(&proc, path, &text).attempt(|| {
+            write_at(proc, path, &text).attempt(|| {
                 format!("write oom_score_adj {text} (lowering needs CAP_SYS_RESOURCE)")
             })?;
         }
     }
     if let Some(profile) = &process.apparmor_profile {
         let text = format!("exec {profile}");
-        write_at(&proc, c"thread-self/attr/apparmor/exec", &text)
+        write_at(proc, c"thread-self/attr/apparmor/exec", &text)
             .or_else(|e| match e.kind() {
-                io::ErrorKind::NotFound => write_at(&proc, c"thread-self/attr/exec", &text),
+                io::ErrorKind::NotFound => write_at(proc, c"thread-self/attr/exec", &text),
                 _ => Err(e),
             })
             .attempt(|| format!("unable to apply apparmor profile {}", quote(profile)))?;

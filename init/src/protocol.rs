@@ -42,6 +42,8 @@ pub const VERSION: u32 = 2;
 
 /// Where the socket directory and the init binary are mounted in the CT until init removes them.
 pub const CT_DIR: &str = "/dev/.proxmox-shim";
+/// Where a procfs is mounted in a CT with a user namespace until init has made the container's own.
+pub const CT_PROC_DIR: &str = "/dev/.proxmox-shim-proc";
 /// The socket's name in [`CT_DIR`] and in the run directory's `ctl/`.
 pub const SOCKET_NAME: &str = "init.sock";
 /// The binary's name in [`CT_DIR`].

@@ -16,7 +16,7 @@ const OCI_VERSION_MAX: &str = "1.2.1";
 
 const HOOKS: [&str; 5] = ["prestart", "createRuntime", "startContainer", "poststart", "poststop"];
 
-const NAMESPACES: [&str; 6] = ["cgroup", "ipc", "mount", "network", "pid", "uts"];
+const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"];
 
 #[rustfmt::skip]
 const MOUNT_OPTIONS: [&str; 59] = [

@@ -13,10 +13,10 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use proxmox_shim_init::protocol::{BINARY_NAME, CT_DIR};
+use proxmox_shim_init::protocol::{BINARY_NAME, CT_DIR, CT_PROC_DIR};
 
 use crate::oci::Cgroups;
-use crate::oci::plan::{DeviceKind, DeviceRule, Namespace, Plan};
+use crate::oci::plan::{DeviceKind, DeviceRule, Namespace, Plan, UserNamespace};
 
 /// The socket directory's name in a run directory.
 pub const CTL_DIR: &str = "ctl";
@@ -97,7 +97,6 @@ const CLEARED: [&str; 31] = [
     "lxc.environment",
     "lxc.uts.name",
     "lxc.net",
-    "lxc.idmap",
     "lxc.sysctl",
     "lxc.prlimit",
     "lxc.rootfs.options",
@@ -110,6 +109,7 @@ const CLEARED: [&str; 31] = [
     "lxc.namespace.share.uts",
     "lxc.namespace.share.pid",
     "lxc.namespace.share.cgroup",
+    "lxc.namespace.share.user",
 ];
 
 /// Writes `lxc.conf`.
@@ -121,9 +121,13 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
     for key in CLEARED {
         config.set(key, "")?;
     }
+    // The map of a user namespace is in the CT's own file.
+    if plan.user_namespace.is_none() {
+        config.set("lxc.idmap", "")?;
+    }
 
-    // As root of the node's user namespace and without any confinement, so that init can mount;
-    // it confines itself when it executes the workload.
+    // As root of its user namespace and without any confinement, so that init can mount; it
+    // confines itself when it executes the workload.
     config.set("lxc.init.uid", "0")?;
     config.set("lxc.init.gid", "0")?;
     config.set("lxc.no_new_privs", "0")?;
@@ -148,6 +152,13 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
         "lxc.mount.entry",
         &format!("{binary} {directory}/{BINARY_NAME} none bind,ro,create=file 0 0"),
     )?;
+    if plan.user_namespace.is_some() && plan.namespaces.pid != Namespace::Host {
+        // In a user namespace a new procfs can be mounted only as long as another one can be seen
+        // completely. Init's come when the node's is out of sight.
+        let directory = CT_PROC_DIR.trim_start_matches('/');
+        let entry = format!("proc {directory} proc nosuid,nodev,noexec,create=dir 0 0");
+        config.set("lxc.mount.entry", &entry)?;
+    }
     config.set("lxc.init.cmd", &format!("{CT_DIR}/{BINARY_NAME} init"))?;
     // Used by an orderly stop from Proxmox; LXC's own choice means nothing to an application.
     config.set("lxc.signal.halt", "SIGTERM")?;
@@ -186,7 +197,16 @@ fn namespaces(config: &mut Config, plan: &Plan) -> Result<(), Error> {
     }
     // As soon as the list is there, LXC makes a new one of every kind that is not in it, among
     // them a user namespace without a mapping and a time namespace.
-    let mut keep = vec!["user", "time"];
+    let mut keep = vec!["time"];
+    match &plan.user_namespace {
+        None => keep.insert(0, "user"),
+        // LXC needs the map, which is in the CT's own file, also for one that it joins: it becomes
+        // root of it.
+        Some(UserNamespace { path: Some(path), .. }) => {
+            config.set("lxc.namespace.share.user", absolute(path)?)?;
+        }
+        Some(UserNamespace { path: None, .. }) => {}
+    }
     for (kind, _, namespace) in namespaces {
         if *namespace == Namespace::Host {
             keep.push(kind);

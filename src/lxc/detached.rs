@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sched::{CloneFlags, setns};
 
 use crate::oci::plan::MountAttributes;
 use crate::sys::mount::{self as api, Change};
@@ -31,6 +32,9 @@ pub enum Error {
         path.display(), text(source)
     )]
     MapIds { path: PathBuf, destination: String, source: io::Error },
+    /// There is no sysfs for the container.
+    #[error("mount sysfs for the container's network namespace: {}", text(.0))]
+    Sysfs(#[source] io::Error),
     /// The init binary's mount.
     #[error("open {} as a read-only mount: {}", path.display(), text(source))]
     ReadOnly { path: PathBuf, source: io::Error },
@@ -147,7 +151,25 @@ fn with_atime(set: u64, clear: u64) -> u64 {
 /// [`Error`].
 pub fn host_tree() -> Result<OwnedFd, Error> {
     let slave = [libc::MS_SLAVE | libc::MS_REC];
-    open(Path::new("/"), "/", true, MountAttributes::default(), &slave).map(|mount| mount.fd)
+    open(Path::new("/"), "/", true, MountAttributes::default(), &slave, None).map(|mount| mount.fd)
+}
+
+/// A new sysfs of the network namespace that a process is in, with `MOUNT_ATTR_*`. It belongs to whom
+/// the network namespace belongs.
+///
+/// # Errors
+/// [`Error::Sysfs`].
+pub fn sysfs(process: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd, Error> {
+    let open = || -> io::Result<OwnedFd> {
+        setns(process, CloneFlags::CLONE_NEWNET)?;
+        api::Filesystem::open("sysfs")?.mount(attributes)
+    };
+    // The namespace is that of a thread, which ends with it.
+    std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, open) {
+        Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        Err(error) => Err(error),
+    })
+    .map_err(Error::Sysfs)
 }
 
 /// One file, such as the init binary, opened (`O_PATH`) on a private, read-only mount that belongs to no

@@ -5,12 +5,12 @@
 //! working directory of a server with many tasks.
 //!
 //! Each mount is made detached and attached last. What only other mounts need ([`template`]) is
-//! attached where the host does not see it ([`workshop`]), so all that has to be removed in the end is
+//! attached where the host does not see it ([`Workshop`]), so all that has to be removed in the end is
 //! what lies at the rootfs.
 
+mod id_mapped;
 mod image;
 mod template;
-mod workshop;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -26,10 +26,11 @@ use nix::libc;
 use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::lxc::cgroup::unescape;
+use crate::lxc::workshop::{self, Workshop};
 use crate::sys::mount::{self as api, Filesystem};
+pub use id_mapped::UserIds;
 use image::LoopDevice;
 use template::{Active, Transformers};
-use workshop::Workshop;
 
 /// `fsconfig(2)` takes strings of up to 255 bytes.
 const LONGEST_VALUE: usize = 255;
@@ -72,8 +73,15 @@ pub enum Error {
     #[error("attach image {} to a loop device: {}", path.display(), text(source))]
     LoopDevice { path: PathBuf, source: io::Error },
     /// No mount namespace for the mounts in between.
-    #[error("prepare a mount namespace for the rootfs's layers: {}", text(source))]
-    Workshop { source: io::Error },
+    #[error(transparent)]
+    Workshop(#[from] workshop::Error),
+    /// Not every file system can be id-mapped, and none twice.
+    #[error(
+        "map the ids of the rootfs's {} to the user namespace: {} (can its file system be \
+         id-mapped?)",
+        path.display(), text(source)
+    )]
+    MapIds { path: PathBuf, source: io::Error },
     /// The kernel refused an option.
     #[error(
         "rootfs mount option {option:?} of type {fstype} is refused by the kernel: {}{details}",
@@ -127,21 +135,26 @@ impl Mounted {
 }
 
 /// Mounts `mounts` in order at `target`, an existing directory. An empty list means that the rootfs is
-/// there already. Blocks (for less than a millisecond with an overlay).
+/// there already. With `ids`, the files belong to the users of a user namespace, unless the client has
+/// prepared them so. Blocks (for less than a millisecond with an overlay).
 ///
 /// # Errors
 /// [`Error`]; nothing stays mounted. A `target` that is a symbolic link is refused.
-pub fn mount(mounts: &[RootfsMount], target: &Path) -> Result<Mounted, Error> {
+pub fn mount(
+    mounts: &[RootfsMount],
+    target: &Path,
+    ids: Option<&UserIds>,
+) -> Result<Mounted, Error> {
     let steps = mounts.iter().map(Step::of).collect::<Result<Vec<_>, _>>()?;
     // As with containerd's mount manager, what comes before the last template is for templates only.
     let chain = steps.iter().rposition(|step| step.transformers.any()).map_or(0, |last| last + 1);
     let (chain, rest) = steps.split_at(chain);
     if !chain.is_empty() {
-        let (mount, tree) = Workshop::run(target, |workshop| assemble(chain, workshop))?;
+        let (mount, tree) = Workshop::run(target, |workshop| assemble(chain, ids, workshop))?;
         attach(&mount, &tree, target)?;
     }
     for (done, step) in rest.iter().enumerate() {
-        if let Err(first) = mount_one(&step.mount, target) {
+        if let Err(first) = mount_one(&step.mount, target, ids) {
             if done + chain.len() > 0
                 && let Err(cleanup) = unmount(target)
             {
@@ -181,29 +194,34 @@ impl Step {
 }
 
 /// Makes all of `steps`, each for the templates of the later ones; returns the last one, detached.
-fn assemble(steps: &[Step], workshop: &mut Workshop) -> Result<(RootfsMount, OwnedFd), Error> {
+fn assemble(
+    steps: &[Step],
+    ids: Option<&UserIds>,
+    workshop: &mut Workshop,
+) -> Result<(RootfsMount, OwnedFd), Error> {
+    let Some((last, earlier)) = steps.split_last() else {
+        return Err(Error::Type { fstype: String::new() });
+    };
     let mut active: Vec<Active> = Vec::new();
-    let mut last: Option<(RootfsMount, OwnedFd)> = None;
-    for step in steps {
-        if let Some((RootfsMount { source, target, .. }, tree)) = last.take() {
-            active.push(Active { source, target, point: workshop.attach(tree)? });
-        }
+    for step in earlier {
         let mount = step.transformed(&active)?;
-        let tree = match make(&mount) {
-            Err(error) if error.is_old_kernel() => classic_overlay(&mount, workshop)?,
-            result => result?,
-        };
-        last = Some((mount, tree));
+        let tree = id_mapped::make(&mount, None, workshop)?;
+        let RootfsMount { source, target, .. } = mount;
+        active.push(Active { source, target, point: workshop.attach(tree)? });
     }
-    last.ok_or_else(|| Error::Type { fstype: String::new() })
+    let mount = last.transformed(&active)?;
+    let tree = id_mapped::make(&mount, ids, workshop)?;
+    Ok((mount, tree))
 }
 
-fn mount_one(mount: &RootfsMount, rootfs: &Path) -> Result<(), Error> {
-    let tree = match make(mount) {
-        Err(error) if error.is_old_kernel() => {
-            Workshop::run(rootfs, |workshop| classic_overlay(mount, workshop))?
-        }
-        result => result?,
+fn mount_one(mount: &RootfsMount, rootfs: &Path, ids: Option<&UserIds>) -> Result<(), Error> {
+    let in_workshop = || Workshop::run(rootfs, |workshop| id_mapped::make(mount, ids, workshop));
+    let tree = match ids.is_some() || id_mapped::is_of_client(mount) {
+        true => in_workshop()?,
+        false => match make(mount) {
+            Err(error) if error.is_old_kernel() => in_workshop()?,
+            result => result?,
+        },
     };
     attach(mount, &tree, rootfs)
 }

@@ -152,8 +152,8 @@ pub const FIELDS: &[Field] = &[
     field("hooks.poststop", Applied(Shim)),
     field("linux", Section),
     field("linux.namespaces", Applied(Lxc)),
-    field("linux.uidMappings", Refused("user namespaces are not available yet")),
-    field("linux.gidMappings", Refused("user namespaces are not available yet")),
+    field("linux.uidMappings", Applied(Lxc)),
+    field("linux.gidMappings", Applied(Lxc)),
     field("linux.timeOffsets", Applied(Init)),
     field("linux.devices", Applied(Init)),
     field(

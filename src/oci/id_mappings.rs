@@ -58,6 +58,23 @@ fn list(field: &str, mappings: &[LinuxIdMapping]) -> Result<Vec<IdMapping>, Erro
 }
 
 impl IdMappings {
+    /// Lists of `CONTAINER:HOST:SIZE` with commas between them, as containerd writes them.
+    #[must_use]
+    pub fn parse(uids: &str, gids: &str) -> Option<Self> {
+        let list = |text: &str| -> Option<Vec<IdMapping>> {
+            let mapping = |text: &str| match text.split(':').collect::<Vec<_>>()[..] {
+                [container, host, size] => Some(IdMapping {
+                    container: container.parse().ok()?,
+                    host: host.parse().ok()?,
+                    size: size.parse().ok()?,
+                }),
+                _ => None,
+            };
+            text.split(',').map(mapping).collect()
+        };
+        Some(Self { uids: list(uids)?, gids: list(gids)? })
+    }
+
     /// The outer user id of `uid`; `None` if it has none.
     #[must_use]
     pub fn host_uid(&self, uid: u32) -> Option<u32> {
@@ -127,6 +144,16 @@ mod tests {
         let many: Vec<_> =
             (0..341).map(|n| format!(r#"{{"containerID":{n},"hostID":{n},"size":1}}"#)).collect();
         assert!(read(&format!("[{}]", many.join(","))).unwrap_err().contains("more than 340"));
+    }
+
+    #[test]
+    fn containerd_s_form_is_read() {
+        let parsed = IdMappings::parse("0:100000:1000,1000:5:1", "0:7:1").unwrap();
+        assert_eq!(parsed.uid_map(), "0 100000 1000\n1000 5 1\n");
+        assert_eq!(parsed.gid_map(), "0 7 1\n");
+        for wrong in ["", "0:1", "0:1:2:3", "0:1:x", "0:1:1,"] {
+            assert_eq!(IdMappings::parse(wrong, "0:7:1"), None, "{wrong}");
+        }
     }
 
     #[test]

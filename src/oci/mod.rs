@@ -31,6 +31,7 @@ mod seccomp;
 mod sysctl;
 #[cfg(test)]
 mod tests;
+mod user_namespace;
 
 use std::fs::File;
 use std::io::Read;
@@ -138,12 +139,24 @@ fn translate(
     let mut warnings = fields::check(&spec)?;
 
     let mut namespaces = namespaces::read(&spec, host)?;
+    let user_namespace = user_namespace::read(&spec, host)?;
     let filter = seccomp::read(&spec, programs, &mut warnings)?;
     let process = process::container(&spec, host, filter.seccomp, &mut warnings)?;
     let root_propagation = mounts::root_propagation(&spec)?;
-    let mounts = mounts::read(&spec, bundle, host, root_propagation, &mut warnings)?;
+    let mappings = user_namespace.as_ref().map(|user| &user.mappings);
+    let mut mounts = mounts::read(&spec, bundle, host, root_propagation, mappings, &mut warnings)?;
     let devices = devices::read(&spec, mounts::dev_is_bind(&mounts), host)?;
-    namespaces::hide_host_cgroups(&mut namespaces, &mounts, host, &mut warnings);
+    let has_user_namespace = user_namespace.is_some();
+    namespaces::hide_host_cgroups(
+        &mut namespaces,
+        &mounts,
+        host,
+        has_user_namespace,
+        &mut warnings,
+    );
+    if let Some(user) = &user_namespace {
+        user_namespace::adapt(user, &namespaces, &process, &devices.nodes, &mut mounts)?;
+    }
 
     Ok(Plan {
         process,
@@ -158,6 +171,7 @@ fn translate(
         sysctls: sysctl::read(&spec, &namespaces)?,
         time_offsets: namespaces::time_offsets(&spec, &namespaces.time)?,
         namespaces,
+        user_namespace,
         masked_paths: mounts::paths(&spec, "linux.maskedPaths")?,
         readonly_paths: mounts::paths(&spec, "linux.readonlyPaths")?,
         resources: resources::read(&spec, host, &mut warnings)?,

@@ -6,8 +6,8 @@ use nix::libc;
 use oci_spec::runtime::Mount as OciMount;
 use proxmox_shim_init::protocol::{Mount, MountSource};
 
-use super::document::Document;
-use super::plan::{MountAttributes, MountIds, PlannedMount};
+use super::document::{Document, Item};
+use super::plan::{IdMappings, MountAttributes, MountIds, PlannedMount};
 use super::{Cgroups, Error, Host, id_mappings};
 
 /// `MOUNT_ATTR_*` of `linux/mount.h`, which the libc crate lacks.
@@ -208,25 +208,34 @@ impl Options {
         if self.set & !not_flags == 0 && self.cleared == 0 {
             return attributes;
         }
-        for (flag, attribute) in OWN_FLAGS {
-            match self.set & flag != 0 {
-                true => attributes.set |= attribute,
-                false => attributes.clear |= attribute,
-            }
-        }
+        attributes.set = attributes_of(self.set);
+        let mut named = OWN_FLAGS.iter().fold(0, |all, (_, attribute)| all | attribute);
         if self.set & ATIME_FLAGS != 0 {
+            named |= attr::NODIRATIME;
             attributes.clear |= attr::ATIME;
-            // The kernel's own order of precedence (`path_mount`).
-            if self.set & libc::MS_STRICTATIME != 0 {
-                attributes.set |= attr::STRICTATIME;
-            } else if self.set & libc::MS_NOATIME != 0 {
-                attributes.set |= attr::NOATIME;
-            }
-            match self.set & libc::MS_NODIRATIME != 0 {
-                true => attributes.set |= attr::NODIRATIME,
-                false => attributes.clear |= attr::NODIRATIME,
-            }
         }
+        attributes.clear |= named & !attributes.set;
+        attributes
+    }
+}
+
+/// The `MOUNT_ATTR_*` of a mount with the flags `MS_*`.
+pub(super) fn attributes_of(flags: u64) -> u64 {
+    let mut attributes = 0;
+    for (flag, attribute) in OWN_FLAGS {
+        if flags & flag != 0 {
+            attributes |= attribute;
+        }
+    }
+    if flags & libc::MS_NODIRATIME != 0 {
+        attributes |= attr::NODIRATIME;
+    }
+    // The kernel's own order of precedence (`path_mount`).
+    if flags & libc::MS_STRICTATIME != 0 {
+        attributes | attr::STRICTATIME
+    } else if flags & libc::MS_NOATIME != 0 {
+        attributes | attr::NOATIME
+    } else {
         attributes
     }
 }
@@ -243,11 +252,14 @@ pub(super) fn read(
     bundle: &Path,
     host: &Host,
     root_propagation: Option<u64>,
+    mappings: Option<&IdMappings>,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<PlannedMount>, Error> {
     spec.list::<OciMount>("mounts")?
         .into_iter()
-        .map(|item| convert(&item.field, &item.value, bundle, host, root_propagation, warnings))
+        .map(|Item { field, value }| {
+            convert(&field, &value, bundle, host, root_propagation, mappings, warnings)
+        })
         .collect()
 }
 
@@ -257,10 +269,11 @@ fn convert(
     bundle: &Path,
     host: &Host,
     root_propagation: Option<u64>,
+    mappings: Option<&IdMappings>,
     warnings: &mut Vec<String>,
 ) -> Result<PlannedMount, Error> {
     let mut options = Options::parse(mount.options().as_deref().unwrap_or_default());
-    let ids = mount_ids(field, mount, &options)?;
+    let ids = mount_ids(field, mount, &options, mappings)?;
     let mut destination = text(mount.destination());
     if !mount.destination().is_absolute() {
         warnings.push(format!("{field}.destination is not absolute: taken relative to /"));
@@ -347,14 +360,20 @@ fn convert(
 
 /// The mappings of a mount: as with runc the option without mappings means those of the container,
 /// and mappings without the option mean `idmap`.
-fn mount_ids(field: &str, mount: &OciMount, options: &Options) -> Result<Option<MountIds>, Error> {
+fn mount_ids(
+    field: &str,
+    mount: &OciMount,
+    options: &Options,
+    of_container: Option<&IdMappings>,
+) -> Result<Option<MountIds>, Error> {
     let own = id_mappings::convert(
         field,
         mount.uid_mappings().as_deref().unwrap_or_default(),
         mount.gid_mappings().as_deref().unwrap_or_default(),
     )?;
     let recursive = options.id_map.unwrap_or(false);
-    match (own, options.id_map) {
+    let mappings = own.or_else(|| options.id_map.and(of_container).cloned());
+    match (mappings, options.id_map) {
         (Some(mappings), _) => Ok(Some(MountIds { mappings, recursive })),
         (None, None) => Ok(None),
         (None, Some(_)) => Err(Error::invalid(
@@ -435,7 +454,7 @@ fn text(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::{IdMapping, IdMappings};
+    use super::super::plan::IdMapping;
     use super::super::tests::host;
     use super::*;
 
@@ -446,7 +465,7 @@ mod tests {
     fn read_json(mount: &str, root: Option<u64>) -> Result<PlannedMount, String> {
         let json = format!(r#"{{"mounts":[{mount}]}}"#);
         let spec = Document::parse(json.as_bytes()).unwrap();
-        read(&spec, Path::new("/bundle"), &host(), root, &mut Vec::new())
+        read(&spec, Path::new("/bundle"), &host(), root, None, &mut Vec::new())
             .map(|mut mounts| mounts.remove(0))
             .map_err(|error| error.to_string())
     }

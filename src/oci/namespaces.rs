@@ -44,9 +44,8 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Namespaces, Error> {
                     "a container always has its own mount namespace; leave the path out",
                 ));
             }
-            Type::User => {
-                return Err(Error::unsupported(field, "user namespaces are not available yet"));
-            }
+            // See the module `user_namespace`.
+            Type::User => continue,
             Type::Time => (&mut namespaces.time, "time"),
         };
         *slot = match path {
@@ -78,7 +77,7 @@ impl Host {
 }
 
 /// LXC opens the path, in another process, so it must mean the same everywhere.
-fn joinable(field: &str, path: PathBuf) -> Result<PathBuf, Error> {
+pub(super) fn joinable(field: &str, path: PathBuf) -> Result<PathBuf, Error> {
     let field = format!("{field}.path");
     if !path.is_absolute() {
         return Err(Error::invalid(field, "must be absolute"));
@@ -139,25 +138,27 @@ pub(super) fn time_offsets(spec: &Document, time: &Namespace) -> Result<String, 
 
 /// A mount of type `cgroup` must show the container its own cgroups. cgroup v1 without a cgroup
 /// namespace would show all of the host's, and bind mounts of the container's directories, which
-/// runc makes in this case, cannot be made inside the container: so it gets a namespace.
+/// runc makes in this case, cannot be made inside the container: so it gets a namespace. So does a
+/// container with a user namespace, which may mount no cgroups but its own.
 pub(super) fn hide_host_cgroups(
     namespaces: &mut Namespaces,
     mounts: &[PlannedMount],
     host: &Host,
+    has_user_namespace: bool,
     warnings: &mut Vec<String>,
 ) {
+    let reason = match (&host.cgroups, has_user_namespace) {
+        (Cgroups::V1 { .. }, _) => "cgroup v1 is mounted",
+        (Cgroups::V2, true) => "cgroups are mounted in a user namespace",
+        (Cgroups::V2, false) => return,
+    };
     let is_cgroup = |mount: &PlannedMount| {
         matches!(mount, PlannedMount::Init(mount)
             if matches!(mount.source, MountSource::Cgroup { .. }))
     };
-    if matches!(host.cgroups, Cgroups::V1 { .. })
-        && namespaces.cgroup == Namespace::Host
-        && mounts.iter().any(is_cgroup)
-    {
+    if namespaces.cgroup == Namespace::Host && mounts.iter().any(is_cgroup) {
         namespaces.cgroup = Namespace::New;
-        warnings.push(
-            "linux.namespaces: added a cgroup namespace, because cgroup v1 is mounted".to_owned(),
-        );
+        warnings.push(format!("linux.namespaces: added a cgroup namespace, because {reason}"));
     }
 }
 
@@ -225,7 +226,6 @@ mod tests {
             (r#"[{"type":"pid"}]"#, "linux.namespaces without the type mount is not supported"),
             (r#"[{"type":"mount","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
             (r#"[{"type":"cgroup","path":"/x"}]"#, "linux.namespaces[0].path is not supported"),
-            (r#"[{"type":"mount"},{"type":"user"}]"#, "linux.namespaces[1] is not supported: user"),
             (r#"[{"type":"pid"},{"type":"pid"}]"#, "linux.namespaces[1] repeats the type pid"),
             (r#"[{"type":"new"}]"#, "linux.namespaces[0]: unknown variant `new`"),
             (r#"[{"type":"pid","path":"x"}]"#, "linux.namespaces[0].path must be absolute"),

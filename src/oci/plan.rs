@@ -22,6 +22,8 @@ pub struct Plan {
     pub namespaces: Namespaces,
     /// Lines for `/proc/self/timens_offsets` of a new time namespace (time_namespaces(7)).
     pub time_offsets: String,
+    /// `None`: the node's, so root of the container is root of the node.
+    pub user_namespace: Option<UserNamespace>,
     /// In the order of the specification.
     pub mounts: Vec<PlannedMount>,
     /// `MS_*` propagation flags for `/`.
@@ -96,6 +98,15 @@ pub enum Namespace {
     Path(PathBuf),
 }
 
+/// A user namespace of the container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserNamespace {
+    /// An existing one; `None` for a new one.
+    pub path: Option<PathBuf>,
+    /// They map the ids 0.
+    pub mappings: IdMappings,
+}
+
 /// A mount of the specification, before the host's side of it is opened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PlannedMount {
@@ -115,6 +126,9 @@ pub enum PlannedMount {
         /// those of the `host` id.
         ids: Option<MountIds>,
     },
+    /// The sysfs of the container's network namespace, with `MOUNT_ATTR_*`, opened by the shim: root
+    /// of a user namespace may not mount it if the network namespace belongs to somebody else.
+    Sysfs { destination: String, attributes: u64, propagation: Vec<u64> },
     /// Anything init mounts by itself.
     Init(Mount),
 }

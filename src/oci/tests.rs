@@ -49,7 +49,7 @@ fn binds(plan: &Plan) -> Vec<(&str, &[u64])> {
             PlannedMount::Bind { destination, propagation, .. } => {
                 Some((destination.as_str(), propagation.as_slice()))
             }
-            PlannedMount::Init(_) => None,
+            PlannedMount::Init(_) | PlannedMount::Sysfs { .. } => None,
         })
         .collect()
 }
@@ -138,7 +138,7 @@ fn kubernetes_container() {
             MountSource::Cgroup { flags, hierarchies } => Some((*flags, hierarchies.len())),
             _ => None,
         },
-        PlannedMount::Bind { .. } => None,
+        PlannedMount::Bind { .. } | PlannedMount::Sysfs { .. } => None,
     });
     let (flags, hierarchies) = cgroup.unwrap();
     assert_ne!(flags & libc::MS_RDONLY, 0);

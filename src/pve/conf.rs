@@ -33,6 +33,8 @@ pub struct CtDescription {
     pub cpuunits: Option<u32>,
     /// In this order.
     pub tags: Vec<Tag>,
+    /// Which ids of the CT are which of the node; empty for a privileged CT.
+    pub id_map: Vec<IdRange>,
     /// The notes: lines of text, without control characters.
     pub notes: String,
     /// Shown as the CT's root file system. For show only: the include sets the one that is used.
@@ -102,12 +104,48 @@ impl CtDescription {
             line("tags", &self.tags.iter().map(|tag| tag.0.as_str()).collect::<Vec<_>>().join(";"));
         }
         line("tty", &0);
+        if !self.id_map.is_empty() {
+            line("unprivileged", &1);
+        }
         // Here and not in the include: a direct line keeps Proxmox from generating a profile that
         // would confine init while it still mounts.
         line("lxc.apparmor.profile", &"unconfined");
+        // Here as well: Proxmox then writes no map of its own, which an include could replace only by
+        // clearing it, and after that LXC 5 uses memory that it has freed.
+        for range in &self.id_map {
+            line("lxc.idmap", range);
+        }
         // Last, so that it wins over every value that Proxmox generates.
         line("lxc.include", &include);
         Ok(text)
+    }
+}
+
+/// Whose ids a range is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdKind {
+    User,
+    Group,
+}
+
+/// `size` ids of the CT, from `container` on, are those of the node from `host` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    pub kind: IdKind,
+    pub container: u32,
+    pub host: u32,
+    pub size: u32,
+}
+
+/// As the value of `lxc.idmap`.
+impl fmt::Display for IdRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, container, host, size } = self;
+        let kind = match kind {
+            IdKind::User => 'u',
+            IdKind::Group => 'g',
+        };
+        write!(f, "{kind} {container} {host} {size}")
     }
 }
 

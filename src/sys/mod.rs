@@ -3,7 +3,9 @@
 //! Thin, typed wrappers over what nix does not cover. No policy lives here.
 
 pub mod command;
+pub mod credentials;
 pub mod landlock;
+pub mod limits;
 pub mod loop_device;
 pub mod mount;
 pub mod namespace;

@@ -32,7 +32,7 @@ use crate::task::phase::Phase;
 use crate::task::registry::Registration;
 use crate::task::stdio::{Stdio, StdioRequest};
 use crate::task::view::{INIT, ProcessView, View};
-use crate::task::{Environment, hooks, seccomp_agent, teardown};
+use crate::task::{Environment, hooks, seccomp_agent, teardown, user_namespace};
 
 /// How many calls may queue for one container; more wait for their turn.
 pub(super) const INBOX: usize = 64;
@@ -894,6 +894,9 @@ async fn run_exec(
         program.oom_score_adj = program.oom_score_adj.or(score);
         (kind, files, init)
     };
+    if let Some(user) = &ct.plan.user_namespace {
+        stdio.give(user_namespace::host_uid(user, program.uid)?);
+    }
     let setup = ExecSetup { version: VERSION, namespaces: ct.exec_namespaces, process: program };
     let entry = exec::Entry { init, cgroup, cgroup_files: files, stdio: stdio.child_fds() };
     let exec::Spawned { pid, pidfd, session } = exec::spawn(&env.init, &setup, entry).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::libc;
 use proxmox_shim_init::protocol::{
-    ContainerHooks, ContainerSetup, Hook, MountSource, TimeNamespace, VERSION,
+    ContainerHooks, ContainerSetup, Hook, Mount, MountSource, TimeNamespace, VERSION,
 };
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +29,7 @@ use crate::sandbox::{member, pod};
 use crate::sys;
 use crate::task::error::{Error, Result};
 use crate::task::stdio::{Stdio, StdioRequest};
-use crate::task::{Environment, blocking, describe, hooks, teardown};
+use crate::task::{Environment, blocking, describe, hooks, teardown, user_namespace};
 
 /// When Proxmox is first asked what became of a start whose init has not connected.
 const START_POLL: Duration = Duration::from_millis(100);
@@ -164,10 +164,19 @@ impl Building {
         let joined = joined.await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
-        let root = plan.root_path.clone();
-        blocking(move || {
-            rootfs::mount(&mounts, &target)?;
-            Ok(lxc::image::check(&root)?)
+        let (planned, dir) = (plan.clone(), self.dir.clone());
+        let bundle = request.bundle.clone();
+        let devices = blocking(move || {
+            let Some(user) = &planned.user_namespace else {
+                rootfs::mount(&mounts, &target, None)?;
+                lxc::image::check(&planned.root_path)?;
+                return Ok(Vec::new());
+            };
+            let prepared = user_namespace::prepare(user, &planned, &dir, &bundle)?;
+            let mounts = user_namespace::rootfs(mounts, &planned.root_path, &target)?;
+            rootfs::mount(&mounts, &target, Some(&prepared.ids))?;
+            lxc::image::check(&target)?;
+            Ok(prepared.devices)
         })
         .await?;
         let mut stdio = Stdio::open(&request.stdio, &stdio_context).await?;
@@ -188,6 +197,9 @@ impl Building {
         let monitor = Stat::read(pid)?.parent;
         self.record.monitor = (monitor > 1).then(|| ProcessId::of(monitor)).transpose()?;
         self.save().await?;
+        if let Some(user) = plan.user_namespace.clone() {
+            blocking(move || user_namespace::verify(&user, pid)).await?;
+        }
         let (cgroup, namespaces) = {
             let (dir, resources) = (self.dir.clone(), plan.resources.clone());
             // Init enters it only later.
@@ -237,10 +249,16 @@ impl Building {
             Namespace::Host | Namespace::New => None,
         };
         let setup = ct.setup(mounts.iter().map(|bind| bind.directory))?;
-        let mounts = mounts.into_iter().map(|bind| bind.fd).collect();
+        let mounts = ct.descriptors(mounts, devices).await?;
+        if let Some(user) = &ct.plan.user_namespace {
+            stdio.give(user_namespace::host_uid(user, ct.plan.process.uid)?);
+        }
         let session = &connected.session;
         self.or_given_up(session.set_up(&setup, time_namespace, stdio.child_fds(), mounts))
             .await??;
+        if ct.plan.user_namespace.is_some() {
+            user_namespace::set_from_outside(&ct.plan.process, pid)?;
+        }
         let state = ct.state("creating");
         self.or_given_up(async {
             hooks::run("prestart", &ct.plan.hooks.prestart, &state).await?;
@@ -344,7 +362,7 @@ impl Building {
     async fn prepare(&self, vmid: Vmid, plan: &Plan) -> Result<()> {
         let layout = lxc::config::Layout {
             vmid: vmid.get(),
-            rootfs: plan.root_path.clone(),
+            rootfs: rootfs_of(plan, &self.record),
             run_dir: self.dir.path().to_owned(),
             init: self.env.init_path.clone(),
             keeps_exit_status: sys::pidfd::keeps_exit_status(),
@@ -529,15 +547,21 @@ impl RunningCt {
         let mounts = plan.mounts.iter().filter_map(|mount| match mount {
             PlannedMount::Init(mount) => Some(mount.clone()),
             PlannedMount::Bind { destination, .. } => {
-                Some(proxmox_shim_init::protocol::Mount {
-                    destination: destination.clone(),
-                    source: MountSource::Detached { directory: directories.next()? },
-                    copy_up: false,
-                    // Set on the detached mount already.
-                    propagation: Vec::new(),
-                })
+                // The propagation is set on the detached mount already.
+                Some(detached_mount(destination, directories.next()?, &[]))
+            }
+            PlannedMount::Sysfs { destination, propagation, .. } => {
+                Some(detached_mount(destination, true, propagation))
             }
         });
+        let mut mounts: Vec<_> = mounts.collect();
+        let (mut devices, mut process) = (plan.devices.clone(), plan.process.clone());
+        if plan.user_namespace.is_some() {
+            let nodes = user_namespace::nodes(&plan.devices);
+            mounts.extend(nodes.map(|node| detached_mount(&node.path, false, &[])));
+            devices.retain(|device| device.mode & libc::S_IFMT == libc::S_IFIFO);
+            process = user_namespace::rest(&process);
+        }
         let hooks = |hooks: &[Hook], status| -> Result<ContainerHooks> {
             let state = hooks::State { pid: None, ..self.state(status) };
             let state_json = serde_json::to_string(&state).map_err(|error| Error::Io {
@@ -547,7 +571,7 @@ impl RunningCt {
             Ok(ContainerHooks { hooks: hooks.to_vec(), state_json })
         };
         let io = |source| Error::Io { action: "resolve the path of the rootfs", source };
-        let rootfs = plan.root_path.canonicalize().map_err(io)?;
+        let rootfs = rootfs_of(plan, &self.record).canonicalize().map_err(io)?;
         Ok(ContainerSetup {
             version: VERSION,
             hostname: plan.hostname.clone(),
@@ -558,10 +582,10 @@ impl RunningCt {
                 Namespace::Path(_) => TimeNamespace::Join,
             },
             loopback_up: plan.namespaces.network == Namespace::New,
-            mounts: mounts.collect(),
+            mounts,
             root_propagation: plan.root_propagation,
             root_readonly: plan.root_readonly,
-            devices: plan.devices.clone(),
+            devices,
             links: plan.links.clone(),
             sysctls: plan.sysctls.clone(),
             masked_paths: plan.masked_paths.clone(),
@@ -569,8 +593,51 @@ impl RunningCt {
             create_container: hooks(&plan.hooks.create_container, "creating")?,
             rootfs: rootfs.to_string_lossy().into_owned(),
             start_container: hooks(&plan.hooks.start_container, "created")?,
-            process: plan.process.clone(),
+            process,
         })
+    }
+
+    /// The detached mounts of [`Self::setup`], in its order.
+    async fn descriptors(
+        &self,
+        binds: Vec<DetachedMount>,
+        devices: Vec<OwnedFd>,
+    ) -> Result<Vec<OwnedFd>> {
+        let (pidfd, mounts) = (self.pidfd.clone(), self.plan.mounts.clone());
+        blocking(move || {
+            let mut binds = binds.into_iter().map(|bind| bind.fd);
+            let mut descriptors = Vec::new();
+            for mount in &mounts {
+                match mount {
+                    PlannedMount::Bind { .. } => descriptors.extend(binds.next()),
+                    PlannedMount::Sysfs { attributes, .. } => {
+                        let process = pidfd.get_ref().as_fd();
+                        descriptors.push(detached::sysfs(process, *attributes)?);
+                    }
+                    PlannedMount::Init(_) => {}
+                }
+            }
+            descriptors.extend(devices);
+            Ok(descriptors)
+        })
+        .await
+    }
+}
+
+/// Where LXC finds the root of the container: with a user namespace it is always mounted.
+fn rootfs_of(plan: &Plan, record: &Record) -> PathBuf {
+    match plan.user_namespace {
+        None => plan.root_path.clone(),
+        Some(_) => record.rootfs(),
+    }
+}
+
+fn detached_mount(destination: &str, directory: bool, propagation: &[u64]) -> Mount {
+    Mount {
+        destination: destination.to_owned(),
+        source: MountSource::Detached { directory },
+        copy_up: false,
+        propagation: propagation.to_vec(),
     }
 }
 
@@ -598,7 +665,7 @@ fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {
         else {
             continue;
         };
-        let carrier = ids.as_ref().map(|ids| user_namespace(&ids.mappings)).transpose()?;
+        let carrier = ids.as_ref().map(|ids| carrier(&ids.mappings)).transpose()?;
         let ids = ids.as_ref().zip(carrier.as_ref()).map(|(ids, carrier)| detached::IdMap {
             user_namespace: carrier.as_fd(),
             recursive: ids.recursive,
@@ -610,14 +677,15 @@ fn open_binds(mounts: &[PlannedMount]) -> Result<Vec<DetachedMount>> {
 }
 
 /// A user namespace that only carries mappings.
-fn user_namespace(mappings: &IdMappings) -> Result<OwnedFd> {
+fn carrier(mappings: &IdMappings) -> Result<OwnedFd> {
     sys::user_namespace::with_mappings(&mappings.uid_map(), &mappings.gid_map())
         .map_err(|source| Error::Io { action: "make a user namespace for id mappings", source })
 }
 
 /// The `CLONE_NEW*` flags of the namespaces in which a process differs from the shim.
 fn foreign_namespaces(pid: i32) -> Result<u32> {
-    const KINDS: [(&str, i32); 6] = [
+    const KINDS: [(&str, i32); 7] = [
+        ("user", libc::CLONE_NEWUSER),
         ("mnt", libc::CLONE_NEWNS),
         ("pid", libc::CLONE_NEWPID),
         ("net", libc::CLONE_NEWNET),

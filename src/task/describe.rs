@@ -2,9 +2,9 @@
 
 use crate::config::Config;
 use crate::ledger::RunDir;
-use crate::oci::plan::{Limit, Plan, Resources};
+use crate::oci::plan::{IdMapping, IdMappings, Limit, Plan, Resources};
 use crate::pve::CtConfig;
-use crate::pve::conf::{CpuLimit, CtDescription, Hostname, Tag};
+use crate::pve::conf::{CpuLimit, CtDescription, Hostname, IdKind, IdRange, Tag};
 use crate::pve::identity::Identity;
 
 const MIB: u64 = 1 << 20;
@@ -38,6 +38,7 @@ pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> Ct
         cpulimit: cpulimit(resources),
         cpuunits: cpuunits(resources),
         tags,
+        id_map: plan.user_namespace.as_ref().map(|user| id_map(&user.mappings)).unwrap_or_default(),
         notes: identity.notes(&about(plan)),
         rootfs: plan.root_path.clone(),
         include: dir.lxc_conf(),
@@ -58,6 +59,19 @@ fn about(plan: &Plan) -> Vec<(&'static str, &str)> {
     about.extend(plan.image.as_deref().map(|image| ("image", image)));
     about.retain(|(_, value)| !value.is_empty());
     about
+}
+
+fn id_map(mappings: &IdMappings) -> Vec<IdRange> {
+    let range = |kind: IdKind| {
+        move |&IdMapping { container, host, size }: &IdMapping| IdRange {
+            kind,
+            container,
+            host,
+            size,
+        }
+    };
+    let uids = mappings.uids.iter().map(range(IdKind::User));
+    uids.chain(mappings.gids.iter().map(range(IdKind::Group))).collect()
 }
 
 /// The keys that an update changes.

@@ -83,6 +83,12 @@ pub enum Error {
     /// A bind mount's source could not be opened.
     #[error(transparent)]
     Detached(#[from] lxc::detached::Error),
+    /// The devices of a user namespace could not be made.
+    #[error(transparent)]
+    Devices(#[from] lxc::devices::Error),
+    /// LXC may not use the ids of a user namespace.
+    #[error(transparent)]
+    SubordinateIds(#[from] lxc::subordinate_ids::Error),
     /// The process's stdio could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::task::stdio::Error),
@@ -155,6 +161,7 @@ impl Error {
                 ClaimError::Write { .. } | ClaimError::Counter { .. } => Code::UNKNOWN,
             },
             Self::Ledger(ledger::Error::Exists { .. }) => Code::ALREADY_EXISTS,
+            Self::SubordinateIds(_) => Code::FAILED_PRECONDITION,
             Self::StartTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Sandbox(error) => sandbox_code(error),
             Self::ShuttingDown => Code::UNAVAILABLE,
@@ -166,6 +173,7 @@ impl Error {
             | Self::Rootfs(_)
             | Self::Image(_)
             | Self::Detached(_)
+            | Self::Devices(_)
             | Self::Stdio(_)
             | Self::Hook(_)
             | Self::SeccompAgent(_)

@@ -28,6 +28,7 @@ pub mod seccomp_agent;
 pub mod service;
 pub mod stdio;
 pub mod teardown;
+pub mod user_namespace;
 pub mod view;
 
 pub use error::{Error, Result, sentence};

@@ -16,6 +16,10 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let setting = Setting::from_environment();
     let cases = suites::all(&setting);
+    // Before any thread exists, as each has the mounts of the one that made it.
+    if !arguments.list {
+        harness::sys::give_root_subordinate_ids(&setting.root);
+    }
     if arguments.list {
         let name = |case: &suites::Case| format!("{}::{}", case.suite, case.name);
         let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));

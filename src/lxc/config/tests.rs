@@ -3,6 +3,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::oci::plan::{IdMapping, IdMappings};
 use crate::oci::{self, Cgroups, Host};
 
 fn layout() -> Layout {
@@ -82,6 +83,24 @@ fn snapshot_of_joined_namespaces_and_a_pod_s_cgroup() {
 #[test]
 fn snapshot_of_host_namespaces_only() {
     assert_snapshot("minimal", &render(&plan(MINIMAL), &layout()).unwrap());
+}
+
+#[test]
+fn snapshot_of_user_namespaces() {
+    let mut plan = plan(DEFAULT);
+    let mapping = |container, host, size| IdMapping { container, host, size };
+    plan.user_namespace = Some(UserNamespace {
+        path: None,
+        mappings: IdMappings {
+            uids: vec![mapping(0, 100_000, 1000), mapping(1000, 7, 1)],
+            gids: vec![mapping(0, 200_000, 65_536)],
+        },
+    });
+    assert_snapshot("user-namespace", &render(&plan, &layout()).unwrap());
+    plan.user_namespace.as_mut().unwrap().path = Some("/proc/7/ns/user".into());
+    let text = render(&plan, &layout()).unwrap();
+    assert!(text.contains("\nlxc.namespace.share.user = /proc/7/ns/user\n"), "{text}");
+    assert!(text.contains("\nlxc.namespace.keep = time"), "{text}");
 }
 
 #[test]

@@ -5,6 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::pve::fixtures::{golden, golden_text};
 
+const RANGE: IdRange = IdRange { kind: IdKind::Group, container: 5, host: 100_000, size: 1000 };
+
 fn shape() -> CtDescription {
     CtDescription {
         hostname: Hostname::from_container_id("ct500"),
@@ -13,6 +15,7 @@ fn shape() -> CtDescription {
         cpulimit: None,
         cpuunits: None,
         tags: vec![Tag::new("containerd").unwrap()],
+        id_map: Vec::new(),
         notes: "containerd: default/web".into(),
         rootfs: "/run/bundle/rootfs".into(),
         include: "/run/containerd-shim-proxmox/default/web/lxc.conf".into(),
@@ -183,6 +186,7 @@ proptest! {
     fn parsing_gives_back_what_was_rendered_and_no_key_more(
         id in hostile(), tag in hostile(), notes in hostile(), rootfs in hostile(), include in hostile(),
         memory_mib in 16u64..1 << 40, swap_mib: u64, cpus in 0.001f64..9000.0, cpuunits in 0u32..=500_000,
+        unprivileged: bool,
     ) {
         let ct = CtDescription {
             hostname: Hostname::from_container_id(&id),
@@ -191,6 +195,7 @@ proptest! {
             cpulimit: CpuLimit::new(cpus),
             cpuunits: Some(cpuunits),
             tags: Tag::sanitised(&tag).into_iter().collect(),
+            id_map: unprivileged.then_some(RANGE).into_iter().collect(),
             notes,
             rootfs: format!("/{rootfs}").into(),
             include: format!("/{include}").into(),
@@ -223,13 +228,15 @@ proptest! {
             ]);
             expected.extend(ct.tags.first().map(|tag| ("tags", tag.0.clone())));
             expected.push(("tty", "0".into()));
+            let unprivileged = !ct.id_map.is_empty();
+            expected.extend(unprivileged.then(|| ("unprivileged", "1".into())));
             let values: Vec<_> = conf.values.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
             prop_assert_eq!(values, expected);
             let lxc: Vec<_> = conf.lxc.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-            prop_assert_eq!(
-                lxc,
-                [("lxc.apparmor.profile", "unconfined"), ("lxc.include", ct.include.to_str().unwrap())]
-            );
+            let mut expected = vec![("lxc.apparmor.profile", "unconfined")];
+            expected.extend(unprivileged.then_some(("lxc.idmap", "g 5 100000 1000")));
+            expected.push(("lxc.include", ct.include.to_str().unwrap()));
+            prop_assert_eq!(lxc, expected);
             let notes: String = ct.notes.lines().map(|line| format!("{line}\n")).collect();
             prop_assert_eq!(conf.description, notes);
         }

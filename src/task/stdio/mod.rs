@@ -37,6 +37,8 @@ use log::warn;
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::{Uid, fchown};
 use tokio::net::unix::pipe;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -186,6 +188,17 @@ impl Stdio {
     #[must_use]
     pub fn child_fds(&mut self) -> Option<[OwnedFd; 3]> {
         self.child.take()
+    }
+
+    /// Makes the process's pipes a user's, so that it can open `/dev/stdout`: what init does otherwise,
+    /// but root of a user namespace may not. Best effort, as in runc.
+    pub fn give(&self, uid: u32) {
+        for fd in self.child.iter().flatten() {
+            let kind = fstat(fd).map(|file| SFlag::from_bits_truncate(file.st_mode & libc::S_IFMT));
+            if matches!(kind, Ok(SFlag::S_IFIFO | SFlag::S_IFSOCK)) {
+                let _ = fchown(fd, Some(Uid::from_raw(uid)), None);
+            }
+        }
     }
 
     /// Whether the request asked for a terminal.

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -213,6 +214,15 @@ pub fn erofs(image: &Path, name: &str, content: &[u8]) {
     }
     put(2 * BLOCK, content);
     fs::write(image, bytes).expect("write the image");
+}
+
+/// Waits until no loop device has any of `images` behind it: other containers being made have copies of
+/// all mounts for a moment.
+#[track_caller]
+pub fn loop_devices_are_freed(images: &[&str]) {
+    process::eventually("the loop devices are freed", Duration::from_secs(5), || {
+        images.iter().all(|image| loop_devices(image) == 0).then_some(())
+    });
 }
 
 /// How many loop devices have `image` behind them.

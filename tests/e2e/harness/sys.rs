@@ -40,6 +40,34 @@ pub fn on_termination(then: impl FnOnce(i32) + Send + 'static) {
     });
 }
 
+/// The ids that containers with a user namespace have in these suites.
+pub const SUBORDINATE_IDS: &str = "root:100000:65536\nroot:1000000:1000000\n";
+
+/// Lets LXC use [`SUBORDINATE_IDS`], as a Proxmox node does: with files that only this process and what
+/// it starts see in place of `/etc/subuid` and `/etc/subgid`. The machine's may be empty.
+pub fn give_root_subordinate_ids(directory: &Path) {
+    let c = |text: &str| CString::new(text).expect("no NUL");
+    let check = |rc: i32, what: &str| {
+        assert_eq!(rc, 0, "{what}: {}", std::io::Error::last_os_error());
+    };
+    let file = directory.join(format!("e2e-{}-subids", std::process::id()));
+    std::fs::write(&file, SUBORDINATE_IDS).expect("write subordinate ids");
+    let source = c(file.to_str().expect("path is UTF-8"));
+    // SAFETY: plain system calls on NUL-terminated strings; null where there is nothing to say.
+    unsafe {
+        check(libc::unshare(libc::CLONE_NEWNS), "unshare the mounts");
+        let none = std::ptr::null();
+        let slave = libc::MS_REC | libc::MS_SLAVE;
+        check(libc::mount(none, c("/").as_ptr(), none, slave, none.cast()), "separate the mounts");
+        for path in ["/etc/subuid", "/etc/subgid"].iter().filter(|path| Path::new(path).exists()) {
+            let flags = libc::MS_BIND;
+            let rc = libc::mount(source.as_ptr(), c(path).as_ptr(), none, flags, none.cast());
+            check(rc, path);
+        }
+    }
+    std::fs::remove_file(&file).expect("remove the file behind the mounts");
+}
+
 /// A close-on-exec pipe: read end, write end.
 pub fn pipe() -> (OwnedFd, OwnedFd) {
     let mut fds: [RawFd; 2] = [-1; 2];

@@ -31,6 +31,7 @@ mod secrets;
 mod signals;
 mod stdio;
 mod tty;
+mod userns;
 
 /// What a test needs beyond the shared node.
 #[derive(Debug, Clone, Copy)]
@@ -109,6 +110,7 @@ pub fn all(setting: &Setting) -> Vec<Case> {
         hooks::cases,
         explain::cases,
         rootfs::cases,
+        userns::cases,
         events::cases,
         delete::cases,
         config::cases,

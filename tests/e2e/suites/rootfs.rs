@@ -86,9 +86,9 @@ fn image_in_a_file(t: &Test) {
     image::ext4(Path::new(&image), 64, &t.node.root.join("rootfs"));
     let mounts = |option: &str| vec![mount("ext4", &image, &["rw", option])];
     run(t, &t.id("a"), mounts("loop"), "echo kept > /kept");
-    assert_eq!(image::loop_devices(&image), 0);
+    image::loop_devices_are_freed(&[&image]);
     assert_eq!(run(t, &t.id("b"), mounts("relatime"), "cat /kept"), "kept");
-    assert_eq!(image::loop_devices(&image), 0);
+    image::loop_devices_are_freed(&[&image]);
 }
 
 /// What containerd's erofs snapshotter asks for: a writable image, read-only ones, and an overlay of
@@ -119,7 +119,7 @@ fn images_below_an_overlay(t: &Test) {
     assert_eq!(text, "immutable\n755");
     let text = run(t, &t.id("b"), mounts, "cat /new; echo 2 >> /from-erofs; cat /from-erofs");
     assert_eq!(text, "1\nimmutable\n2");
-    assert_eq!(files.map(|file| image::loop_devices(&file)), [0, 0]);
+    image::loop_devices_are_freed(&files.each_ref().map(String::as_str));
 }
 
 fn failed_create_frees_the_images(t: &Test) {
@@ -134,7 +134,7 @@ fn failed_create_frees_the_images(t: &Test) {
     shim.rootfs = mounts;
     let refusal = shim.create(&Stdio3::default()).expect_err("the source is missing");
     assert!(refusal.message.contains("/does/not/exist"), "{}", refusal.message);
-    assert_eq!(files.map(|file| image::loop_devices(&file)), [0, 0]);
+    image::loop_devices_are_freed(&files.each_ref().map(String::as_str));
     shim.finish();
     driver.remove_bundle(&id);
 }
@@ -150,7 +150,7 @@ fn crash_frees_the_images(t: &Test) {
     let pid = shim.connect().expect("connect").shim_pid;
     sys::kill(pid, libc::SIGKILL);
     driver.delete_after_crash(&id);
-    assert_eq!(files.map(|file| image::loop_devices(&file)), [0, 0]);
+    image::loop_devices_are_freed(&files.each_ref().map(String::as_str));
     driver.remove_bundle(&id);
 }
 

@@ -1,0 +1,143 @@
+//! What the node's root does for a container whose own root is not it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+
+use nix::libc;
+use proxmox_shim_init::protocol::{Device, Process};
+
+use crate::ledger::RunDir;
+use crate::lxc::rootfs::{RootfsMount, UserIds};
+use crate::lxc::{devices, subordinate_ids};
+use crate::oci::plan::{Plan, UserNamespace};
+use crate::sys::limits;
+use crate::task::error::{Error, Result};
+
+/// Made before the CT exists.
+pub struct Prepared {
+    /// For the rootfs.
+    pub ids: UserIds,
+    /// Detached mounts of the [`nodes`], in their order.
+    pub devices: Vec<OwnedFd>,
+}
+
+/// The devices that the container cannot make itself.
+pub fn nodes(devices: &[Device]) -> impl Iterator<Item = &Device> {
+    devices.iter().filter(|device| device.mode & libc::S_IFMT != libc::S_IFIFO)
+}
+
+/// Prepares the host for a container with the user namespace `user`: LXC reaches its files by their
+/// paths, as root of that namespace. Blocks.
+///
+/// # Errors
+/// LXC may not use the ids, or a system call failed.
+pub fn prepare(user: &UserNamespace, plan: &Plan, dir: &RunDir, bundle: &Path) -> Result<Prepared> {
+    subordinate_ids::check(&user.mappings)?;
+    // The plan has made sure that there is one.
+    let group = user.mappings.host_gid(0).unwrap_or_default();
+    dir.admit(group)?;
+    admit(bundle, group)
+        .map_err(|source| Error::Io { action: "let the CT's root pass the bundle", source })?;
+    let ids = UserIds::new(user.mappings.clone())
+        .map_err(|source| Error::Io { action: "make a user namespace for id mappings", source })?;
+    let nodes: Vec<Device> = nodes(&plan.devices).cloned().collect();
+    Ok(Prepared { ids, devices: devices::open(&nodes, &user.mappings, dir.path())? })
+}
+
+/// What containerd itself does with the bundle of a container that it knows to have a user namespace.
+fn admit(bundle: &Path, group: u32) -> io::Result<()> {
+    let mode = bundle.metadata()?.permissions().mode();
+    if mode & 0o001 != 0 {
+        return Ok(());
+    }
+    chown(bundle, None, Some(group))?;
+    std::fs::set_permissions(bundle, PermissionsExt::from_mode(mode & 0o7777 | 0o010))
+}
+
+/// The mounts of a rootfs that is there already: it cannot be changed, but mapped upon itself.
+pub fn rootfs(mounts: Vec<RootfsMount>, root: &Path, target: &Path) -> Result<Vec<RootfsMount>> {
+    if !mounts.is_empty() {
+        return Ok(mounts);
+    }
+    match std::fs::create_dir(target) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Error::Io { action: "make the bundle's directory rootfs", source });
+        }
+        _ => {}
+    }
+    Ok(vec![RootfsMount {
+        fstype: "bind".to_owned(),
+        source: root.display().to_string(),
+        target: String::new(),
+        options: vec!["rbind".to_owned()],
+    }])
+}
+
+/// Compares the mappings with those of the CT's init. A namespace that was joined has its own,
+/// whatever the specification says.
+///
+/// # Errors
+/// They differ.
+pub fn verify(user: &UserNamespace, pid: i32) -> Result<()> {
+    let read = |name: &str| {
+        std::fs::read_to_string(format!("/proc/{pid}/{name}"))
+            .map_err(|source| Error::Io { action: "read the id mappings of the CT's init", source })
+    };
+    let actual = (lines(&read("uid_map")?), lines(&read("gid_map")?));
+    let wanted = (lines(&user.mappings.uid_map()), lines(&user.mappings.gid_map()));
+    match actual == wanted {
+        true => Ok(()),
+        false => Err(Error::Argument {
+            field: "linux.uidMappings",
+            reason: "and linux.gidMappings are not those of the user namespace that the \
+                     container joins"
+                .to_owned(),
+        }),
+    }
+}
+
+/// The lines of a map, sorted, without the kernel's alignment.
+fn lines(map: &str) -> Vec<String> {
+    let mut lines: Vec<String> =
+        map.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    lines.sort();
+    lines
+}
+
+/// Sets what only the node's root may set of a process: init must not do it again, see [`rest`].
+///
+/// # Errors
+/// A value that the node does not allow.
+pub fn set_from_outside(process: &Process, pid: i32) -> Result<()> {
+    if let Some(score) = process.oom_score_adj {
+        std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()).map_err(
+            |source| Error::Io { action: "write process.oomScoreAdj of the CT's init", source },
+        )?;
+    }
+    for limit in &process.rlimits {
+        limits::set(pid, limit.resource, limit.soft, limit.hard).map_err(|source| Error::Io {
+            action: "set process.rlimits of the CT's init",
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+/// What [`set_from_outside`] leaves to init.
+#[must_use]
+pub fn rest(process: &Process) -> Process {
+    Process { oom_score_adj: None, rlimits: Vec::new(), ..process.clone() }
+}
+
+/// The node's id of a user of the container.
+///
+/// # Errors
+/// The user namespace does not map it.
+pub fn host_uid(user: &UserNamespace, uid: u32) -> Result<u32> {
+    user.mappings.host_uid(uid).ok_or_else(|| Error::Argument {
+        field: "process.user.uid",
+        reason: format!("is {uid}, which the container's user namespace does not map"),
+    })
+}

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use pve_sim::cluster::{Cluster, Options};
 use pve_sim::profile::{Kind, Profile};
+use pve_sim::unit::Supervisor;
 
 mod client;
 use client::{Answer, exchange};
@@ -29,6 +30,7 @@ impl World {
             nodes: vec!["pve1".into()],
             addresses: Vec::new(),
             profile: Profile { kind: Kind::Instant, scale: 0.0 },
+            supervisor: Supervisor::Simulator,
         };
         let cluster = Cluster::open(&options).unwrap();
         let token = fs::read_to_string(cluster.dc.root.join("admin-token")).unwrap();

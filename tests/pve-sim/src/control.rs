@@ -133,10 +133,7 @@ pub async fn command(cluster: &Arc<Cluster>, line: &str) -> Result<Json, String>
         Command::Quorum { quorate } => cluster.dc.set_quorate(quorate),
         Command::Node { node, online } => {
             let node = cluster.node(&node).ok_or_else(|| format!("no such node '{node}'"))?;
-            node.set_online(online);
-            if !online {
-                node.shut_down().await;
-            }
+            node.set_online(online).await.map_err(|e| e.to_string())?;
         }
         Command::FillStorage { storage, full } => {
             for node in cluster.nodes() {

@@ -105,7 +105,7 @@ where
             Err(Stop::Gone) => return,
             Err(Stop::Answer(error)) => (Reply::from(Err(error)), true),
         };
-        let Some(mut reply) = reply else { return };
+        let Some(mut reply) = reply.filter(|_| server.node.is_online()) else { return };
         if let Some(client) = reply.take_websocket() {
             return connection.become_websocket(client).await;
         }

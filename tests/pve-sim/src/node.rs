@@ -199,9 +199,22 @@ impl Node {
         self.online.load(Ordering::Relaxed)
     }
 
-    /// Goes away or comes back.
-    pub fn set_online(&self, online: bool) {
-        self.online.store(online, Ordering::Relaxed);
+    /// Goes away with its CTs and tasks, or comes back without them.
+    pub async fn set_online(self: &Arc<Self>, online: bool) -> Result<(), StartError> {
+        if online == self.is_online() {
+            return Ok(());
+        }
+        if online {
+            let node = self.clone();
+            let start = tokio::task::spawn_blocking(move || node.start_monitord());
+            start.await.map_err(|e| StartError::Monitord(io::Error::other(e)))??;
+            self.online.store(true, Ordering::Relaxed);
+        } else {
+            self.online.store(false, Ordering::Relaxed);
+            self.tasks.list().iter().for_each(|task| task.interrupt());
+            self.shut_down().await;
+        }
+        Ok(())
     }
 
     /// The running state of a CT; made on first use.

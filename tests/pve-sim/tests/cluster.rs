@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use pve_sim::cluster::{Cluster, Options};
 use pve_sim::control;
-use pve_sim::http;
 use pve_sim::node::Node;
 use pve_sim::profile::{Kind, Profile};
 use serde_json::{Value as Json, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+mod client;
+use client::exchange_with;
 
 struct World {
     cluster: Arc<Cluster>,
@@ -45,15 +46,11 @@ impl World {
 
     /// Status and reason of a call to one node with a token.
     async fn call(&self, entry: &str, token: &str, path: &str) -> (u16, String, Json) {
-        let (mut client, server) = tokio::io::duplex(1 << 20);
-        tokio::spawn(http::serve(self.cluster.clone(), self.node(entry).clone(), server));
         let request = format!(
             "GET /api2/json{path} HTTP/1.1\r\nConnection: close\r\n\
              Authorization: PVEAPIToken={token}\r\n\r\n"
         );
-        client.write_all(request.as_bytes()).await.unwrap();
-        let mut bytes = Vec::new();
-        client.read_to_end(&mut bytes).await.unwrap();
+        let bytes = exchange_with(&self.cluster, self.node(entry), request).await;
         let text = String::from_utf8(bytes).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         let line = head.lines().next().unwrap().strip_prefix("HTTP/1.1 ").unwrap();
@@ -122,8 +119,11 @@ async fn nodes_answer_for_each_other_until_one_goes_away() {
     let (_, _, nodes) = world.call("pve1", &token, "/nodes").await;
     let states: Vec<_> = nodes["data"].as_array().unwrap().iter().map(|n| &n["status"]).collect();
     assert_eq!(states, [&json!("online"), &json!("offline")]);
+    let gone = exchange_with(&world.cluster, world.node("pve2"), "GET / HTTP/1.1\r\n\r\n").await;
+    assert_eq!(gone, b"");
     world.control(json!({"node": {"node": "pve2", "online": true}})).await.unwrap();
     assert_eq!(world.call("pve1", &token, path).await.0, 200);
+    assert!(world.node("pve2").paths.units.join("lxc-monitord").exists(), "a service is missing");
 }
 
 #[tokio::test]

@@ -7,14 +7,24 @@ use std::sync::Arc;
 
 use pve_sim::cluster::Cluster;
 use pve_sim::http;
+use pve_sim::node::Node;
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Sends a request over a connection of its own and reads until the answer is complete or the
-/// connection ends.
+/// Sends a request to the first node, as [`exchange_with`] does.
 pub async fn exchange(cluster: &Arc<Cluster>, request: impl AsRef<[u8]>) -> Vec<u8> {
+    exchange_with(cluster, cluster.first(), request).await
+}
+
+/// Sends a request to a node over a connection of its own, and reads until the answer is complete
+/// or the connection ends.
+pub async fn exchange_with(
+    cluster: &Arc<Cluster>,
+    node: &Arc<Node>,
+    request: impl AsRef<[u8]>,
+) -> Vec<u8> {
     let (mut client, server) = tokio::io::duplex(1 << 20);
-    let serving = tokio::spawn(http::serve(cluster.clone(), cluster.first().clone(), server));
+    let serving = tokio::spawn(http::serve(cluster.clone(), node.clone(), server));
     // It may be refused before all of it is sent.
     let _ = client.write_all(request.as_ref()).await;
     // Nobody has to wait for the rest of a request that is not complete.

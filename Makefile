@@ -18,10 +18,12 @@ OUT := target/release
 
 BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
 RUN_PACKAGES := containerd runc lxc busybox-static e2fsprogs iproute2 curl jq
+# The simulator unpacks templates; a real client in Python drives it.
+TEST_PACKAGES := zstd xz-utils python3-venv
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 
-.PHONY: help build demo test test-vm bench lint install clean deps-build deps-run deps-vm root
+.PHONY: help build demo test test-vm bench lint install clean deps-build deps-run deps-test deps-vm root
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +43,7 @@ build: deps-build ## Build the shim, init (static) and the Proxmox VE simulator
 demo: root deps-run build ## See containers run as Proxmox CTs, from hello world to a clean end
 	@tests/demo.sh
 
-test: root deps-run build ## Unit tests, then the end-to-end suites on three containerd releases
+test: root deps-run deps-test build ## Unit tests, then the end-to-end suites on three containerd releases
 	@tests/run.sh
 
 test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=name runs only some
@@ -83,6 +85,9 @@ deps-build:
 
 deps-run:
 	@tests/deps.sh $(RUN_PACKAGES)
+
+deps-test:
+	@tests/deps.sh $(TEST_PACKAGES)
 
 deps-vm:
 	@tests/deps.sh $(VM_PACKAGES)

@@ -26,6 +26,8 @@ if (($# == 0)); then
 	cargo test --locked -p proxmox-shim-init --test ct
 	cargo test --locked -p containerd-shim-proxmox-v2 --test bootstrap --test client
 	cargo test --locked -p pve-sim --tests
+	echo "== the simulator and a client that was written for Proxmox VE"
+	tests/proxmoxer.sh "$E2E_BIN/pve-sim"
 	cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi

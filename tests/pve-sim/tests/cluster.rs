@@ -293,6 +293,38 @@ async fn volumes_are_made_kept_and_freed() {
 }
 
 #[tokio::test]
+async fn templates_are_unpacked_for_the_ids_of_the_ct() {
+    use std::os::unix::fs::MetadataExt;
+    let world = World::new(&["pve1"]);
+    let node = world.node("pve1");
+    world.template(&node.paths.vz);
+    let (cache, rootfs) = (node.paths.vz.join("template/cache"), world.dir.path().join("template"));
+    for (n, (file, option)) in [
+        ("t.tar", None),
+        ("t.tar.gz", Some("-z")),
+        ("t.tar.xz", Some("-J")),
+        ("t.tar.zst", Some("--zstd")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut tar = std::process::Command::new("tar");
+        tar.args(option).arg("-cf").arg(cache.join(file)).arg("-C").arg(&rootfs).arg(".");
+        assert!(tar.status().unwrap().success(), "{file}");
+        for (unprivileged, owner) in [(0, 0), (1, 100_000)] {
+            let vmid = 300 + 2 * n as u32 + unprivileged;
+            let template = format!("local:vztmpl/{file}");
+            let more = json!({"ostemplate": template, "unprivileged": unprivileged.to_string()});
+            let ended = world.create(vmid, more).await.unwrap();
+            assert_eq!(ended["exitstatus"], "OK", "{file}");
+            let volume = format!("images/{vmid}/subvol-{vmid}-disk-0.subvol");
+            let meta = fs::metadata(node.paths.vz.join(volume).join("etc/os-release")).unwrap();
+            assert_eq!((meta.uid(), meta.gid()), (owner, owner), "{file}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_migration_takes_local_volumes_along() {
     let world = World::new(&["pve1", "pve2"]);
     world.template(&world.node("pve1").paths.vz);

@@ -46,8 +46,9 @@ pub enum NodeCall<'a> {
     Storages,
     StorageStatus(&'a str),
     Content(&'a str),
-    Volume(&'a str, &'a str),
-    VolumeDelete(&'a str, &'a str),
+    /// A volume's name goes on to the end of the path, slashes and all.
+    Volume(&'a str, &'a [&'a str]),
+    VolumeDelete(&'a str, &'a [&'a str]),
     Upload(&'a str),
     Download(&'a str),
     OciPull(&'a str),
@@ -85,7 +86,7 @@ pub enum CtCall<'a> {
 }
 
 /// The call of a method and the segments of a path below `/api2/json`.
-pub fn parse<'a>(method: &str, path: &[&'a str]) -> Option<Call<'a>> {
+pub fn parse<'a>(method: &str, path: &'a [&'a str]) -> Option<Call<'a>> {
     use Call::*;
     Some(match (method, path) {
         ("GET", ["version"]) => Version,
@@ -117,7 +118,7 @@ pub fn parse<'a>(method: &str, path: &[&'a str]) -> Option<Call<'a>> {
     })
 }
 
-fn parse_node<'a>(method: &str, path: &[&'a str]) -> Option<NodeCall<'a>> {
+fn parse_node<'a>(method: &str, path: &'a [&'a str]) -> Option<NodeCall<'a>> {
     use NodeCall::*;
     Some(match (method, path) {
         ("GET", ["status"]) => Status,
@@ -131,8 +132,8 @@ fn parse_node<'a>(method: &str, path: &[&'a str]) -> Option<NodeCall<'a>> {
         ("GET", ["storage"]) => Storages,
         ("GET", ["storage", storage, "status"]) => StorageStatus(storage),
         ("GET", ["storage", storage, "content"]) => Content(storage),
-        ("GET", ["storage", storage, "content", volume]) => Volume(storage, volume),
-        ("DELETE", ["storage", storage, "content", volume]) => VolumeDelete(storage, volume),
+        ("GET", ["storage", storage, "content", volume @ ..]) => Volume(storage, volume),
+        ("DELETE", ["storage", storage, "content", volume @ ..]) => VolumeDelete(storage, volume),
         ("POST", ["storage", storage, "upload"]) => Upload(storage),
         ("POST", ["storage", storage, "download-url"]) => Download(storage),
         ("POST", ["storage", storage, "oci-registry-pull"]) => OciPull(storage),
@@ -143,7 +144,7 @@ fn parse_node<'a>(method: &str, path: &[&'a str]) -> Option<NodeCall<'a>> {
     })
 }
 
-fn parse_ct<'a>(method: &str, path: &[&'a str]) -> Option<CtCall<'a>> {
+fn parse_ct<'a>(method: &str, path: &'a [&'a str]) -> Option<CtCall<'a>> {
     use CtCall::*;
     Some(match (method, path) {
         ("GET", []) => Index,

@@ -268,7 +268,7 @@ async fn volumes_are_made_kept_and_freed() {
         names.sort();
         names
     };
-    assert_eq!(files(), ["subvol-300-disk-0.subvol", "vm-300-disk-1.raw"]);
+    assert_eq!(files(), ["subvol-300-disk-1.subvol", "vm-300-disk-0.raw"]);
     let conf = |key: &str| node.load(300).unwrap().current.text(key);
     assert_eq!(conf("ostype").as_deref(), Some("debian"));
     assert_eq!(conf("lock"), None);

@@ -1,16 +1,18 @@
 //! What becomes of CTs and of the host around them. Needs root and LXC.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pve_sim::acl::Identity;
 use pve_sim::cluster::{Cluster, Options};
+use pve_sim::control;
 use pve_sim::node::{Node, StartError};
 use pve_sim::profile::{Kind, Profile};
 use pve_sim::unit::Supervisor;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::time::sleep;
 
@@ -266,4 +268,61 @@ fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
     assert_eq!(fs::read_to_string(root.join("shim-token")).unwrap(), token);
     let error = Cluster::open(&options(&root, "../x")).err().unwrap();
     assert!(error.to_string().contains("host name"), "{error}");
+}
+
+#[test]
+fn a_ct_runs_from_the_volumes_that_were_made_for_it() {
+    require_cts();
+    let dir = tempfile::tempdir().unwrap();
+    runtime().block_on(async {
+        let cluster = open(&dir.path().join("node"));
+        let node = cluster.first().clone();
+        // For the template.
+        write_ct(dir.path(), &node, vmid(9));
+        node.remove_conf(vmid(9)).unwrap();
+        symlink("busybox", dir.path().join("rootfs/bin/sh")).unwrap();
+        // No LXC understands all quotes in a command.
+        let script = dir.path().join("rootfs/bin/run");
+        fs::write(&script, "#!/bin/sh\necho > /data/seen\nexec sleep 1000\n").unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let tar = std::process::Command::new("tar")
+            .arg("-czf")
+            .arg(node.paths.vz.join("template/cache/t.tar.gz"))
+            .arg("-C")
+            .arg(dir.path().join("rootfs"))
+            .arg(".")
+            .status();
+        assert!(tar.unwrap().success());
+        for (n, rootfs) in [(5, "local:1"), (6, "local:0")] {
+            let vmid = vmid(n);
+            let call = |method: &str, path: String, params: Value| {
+                let call = json!({"method": method, "path": path, "params": params});
+                let (cluster, command) = (cluster.clone(), json!({"call": call}).to_string());
+                async move { control::command(&cluster, &command).await.unwrap() }
+            };
+            let params = json!({
+                "vmid": vmid.to_string(), "ostemplate": "local:vztmpl/t.tar.gz", "rootfs": rootfs,
+                "mp0": "local:0,mp=/data", "ostype": "unmanaged", "arch": "amd64",
+                "unprivileged": "0", "console": "0", "tty": "0",
+                "entrypoint": "/bin/run",
+            });
+            let made = call("POST", "/nodes/pve1/lxc".into(), params).await;
+            assert_eq!(made["exitstatus"], "OK", "{rootfs}");
+            start(&node, vmid).await;
+            let volume = format!("images/{vmid}/subvol-{vmid}-disk-1.subvol");
+            let seen = node.paths.vz.join(volume).join("seen");
+            for _ in 0..500 {
+                if seen.exists() {
+                    break;
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+            assert!(seen.exists(), "{rootfs}: nothing was written to the mount point");
+            let gone =
+                call("DELETE", format!("/nodes/pve1/lxc/{vmid}"), json!({"force": "1"})).await;
+            assert_eq!(gone["exitstatus"], "OK", "{rootfs}");
+            assert!(!node.paths.vz.join("images").join(vmid.to_string()).exists(), "{rootfs}");
+        }
+        cluster.shut_down().await;
+    });
 }

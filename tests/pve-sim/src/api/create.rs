@@ -75,6 +75,8 @@ pub fn create(cx: &Context<'_>) -> Result<Answer, ApiError> {
         let rootfs = Mount::parse(&format!("{storage}:4")).map_err(ApiError::Failed)?;
         mounts.push(("rootfs".into(), rootfs));
     }
+    // The root file system has the first volume.
+    mounts.sort_by_key(|(key, _)| key != "rootfs");
     let defaults = [("memory", "512"), ("swap", "512"), ("unprivileged", "1")];
     for (key, value) in defaults {
         if !config.has(key) {

@@ -150,6 +150,7 @@ impl Shared {
                         ..MountAttributes::default()
                     },
                     propagation: vec![libc::MS_PRIVATE],
+                    ids: None,
                 };
             }
         }

@@ -25,7 +25,6 @@ impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options = Options {
-            supervisor: pve_sim::unit::Supervisor::Simulator,
             root: dir.path().join("node"),
             nodes: vec!["pve1".into()],
             addresses: Vec::new(),

@@ -168,9 +168,9 @@ fn a_ct_runs_like_a_systemd_unit_and_leaves_nothing() {
         }
         assert!(!cgroups(vmid).is_empty());
 
-        let unit = fs::read_to_string(node.paths.units.join("lxc-monitord")).unwrap();
+        let unit = fs::read_to_string(node.first().paths.units.join("lxc-monitord")).unwrap();
         let monitord: u32 = unit.split(' ').next().unwrap().parse().unwrap();
-        let fifo = format!("/run/lxc/{}/monitor-fifo", node.paths.lxc.display());
+        let fifo = format!("/run/lxc/{}/monitor-fifo", node.first().paths.lxc.display());
         assert!(alive(monitord) && Path::new(&fifo).exists());
         node.shut_down().await;
         assert!(!alive(monitord));

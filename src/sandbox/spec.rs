@@ -56,12 +56,12 @@ impl Fields {
 
     /// Protobuf's default is 0.
     fn number(&self, field: u32) -> u64 {
-        let numbers = self.0.iter().filter(|(number, _)| *number == field);
-        let last = numbers.filter_map(|(_, value)| match value {
+        let numbers = self.0.iter().rev().filter(|(number, _)| *number == field);
+        let mut last_first = numbers.filter_map(|(_, value)| match value {
             Field::Number(value) => Some(*value),
             Field::Bytes(_) => None,
         });
-        last.last().unwrap_or(0)
+        last_first.next().unwrap_or(0)
     }
 
     fn all(&self, field: u32) -> impl Iterator<Item = &[u8]> {

@@ -426,7 +426,7 @@ fn parse_line(
     let mut unparsed = || warnings.push(format!("vm {vmid} - unable to parse config: {line}"));
     if let Some(comment) = line.strip_prefix('#') {
         let notes = section.description.get_or_insert_default();
-        notes.push_str(&decode_text(comment));
+        notes.push_str(&percent_decode(comment));
         notes.push('\n');
         return;
     }
@@ -459,7 +459,9 @@ fn parse_line(
         return;
     };
     match key {
-        "description" => section.description.get_or_insert_default().push_str(&decode_text(value)),
+        "description" => {
+            section.description.get_or_insert_default().push_str(&percent_decode(value))
+        }
         "delete" if in_pending => {
             section.values.insert("delete".into(), Value::Text(value.to_owned()));
         }
@@ -769,8 +771,8 @@ impl Config {
     }
 }
 
-/// Decodes the percent encoding of notes.
-fn decode_text(text: &str) -> String {
+/// Decodes percent escapes, as in notes and in paths. What is no escape stays as it is.
+pub fn percent_decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut i = 0;
@@ -852,6 +854,15 @@ mod tests {
                 .collect();
             assert_eq!(warnings, expected, "{}", case.name);
         }
+    }
+
+    #[test]
+    fn escapes_are_decoded_once() {
+        assert_eq!(percent_decode("UPID%3Apve1%3Aroot%40pam%21x%3A"), "UPID:pve1:root@pam!x:");
+        assert_eq!(percent_decode("a+b"), "a+b");
+        assert_eq!(percent_decode("%2541"), "%41");
+        assert_eq!(percent_decode("%zz%4"), "%zz%4");
+        assert_eq!(percent_decode("a=b&c%3D="), "a=b&c==");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::time::{sleep, timeout};
 use crate::acl::Identity;
 use crate::api::{self, Answer};
 use crate::cluster::Cluster;
+use crate::conf::percent_decode;
 use crate::console::Client;
 use crate::control;
 use crate::error::ApiError;
@@ -60,7 +61,7 @@ impl Request {
     pub fn ticket(&self) -> Option<String> {
         let cookies = self.cookie.as_deref()?.split(';');
         let value = cookies.filter_map(|c| c.trim().strip_prefix("PVEAuthCookie=")).next()?;
-        Some(api::percent_decode(value))
+        Some(percent_decode(value))
     }
 }
 

@@ -7,6 +7,7 @@ use tokio::time::sleep;
 
 use crate::acl::{Acl, Identity};
 use crate::cluster::Cluster;
+use crate::conf::percent_decode;
 use crate::console::Client;
 use crate::error::ApiError;
 use crate::http::Request;
@@ -262,31 +263,7 @@ pub fn is_upload(method: &str, path: &str) -> bool {
     matches!(route::parse(method, &segments), Some(Route::Node(_, NodeCall::Upload(_))))
 }
 
-/// Decodes a path segment. What is no escape stays as it is.
-pub fn percent_decode(segment: &str) -> String {
-    // The decoder of forms would turn `+` into a space.
-    let escaped = segment.replace('+', "%2B").replace(['&', '='], "%26");
-    if segment.contains(['&', '=']) || !segment.contains('%') {
-        return segment.to_owned();
-    }
-    form_urlencoded::parse(escaped.as_bytes()).next().map_or(String::new(), |(k, _)| k.into_owned())
-}
-
 /// A list of `{key: name}` objects.
 fn names(key: &str, names: &[&str]) -> Json {
     names.iter().map(|n| json!({key: n})).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn path_segments_are_decoded_once() {
-        assert_eq!(percent_decode("UPID%3Apve1%3Aroot%40pam%21x%3A"), "UPID:pve1:root@pam!x:");
-        assert_eq!(percent_decode("a+b"), "a+b");
-        assert_eq!(percent_decode("%2541"), "%41");
-        assert_eq!(percent_decode("%zz"), "%zz");
-        assert_eq!(percent_decode("a=b&c"), "a=b&c");
-    }
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -227,22 +227,28 @@ async fn an_upload_needs_credentials_before_its_body() {
     assert_eq!(fs::read_dir(&world.cluster.first().paths.uploads).unwrap().count(), 0);
 }
 
+/// What this thread has used of its CPU, which others on the machine do not change.
+fn cpu_time() -> Duration {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+}
+
+// Server and client run in one thread.
 #[tokio::test]
 async fn a_thousand_cts_are_listed_quickly() {
     let world = World::new();
     (1000..2000).for_each(|vmid| world.ct(vmid));
     let request = world.request("GET", "/api2/json/nodes/pve1/lxc", b"");
-    let mut best = u128::MAX;
-    // The best of some, as others use the machine too.
+    let mut best = Duration::MAX;
     for _ in 0..5 {
-        let start = Instant::now();
+        let start = cpu_time();
         let answer = Answer::read(&world.cluster, &request).await;
-        best = best.min(start.elapsed().as_millis());
+        best = best.min(cpu_time() - start);
         assert_eq!(answer.body["data"].as_array().unwrap().len(), 1001);
     }
     // Without optimisation it takes longer than the 100 ms that are promised.
-    let limit = if cfg!(debug_assertions) { 400 } else { 100 };
-    assert!(best < limit, "{best} ms");
+    let limit = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
+    assert!(best < limit, "{best:?}");
 }
 
 fn runtime() -> tokio::runtime::Runtime {

@@ -15,7 +15,7 @@ use crate::events::Event;
 use crate::ledger::{Record, RunDir};
 use crate::lxc::exit::Exit;
 use crate::oci;
-use crate::oci::plan::Plan;
+use crate::oci::plan::{Namespace, Plan};
 use crate::sandbox::holder::Waiting;
 use crate::sandbox::pod::{self, Pod};
 use crate::sys::pidfd::ExitStatus;
@@ -333,6 +333,12 @@ async fn build(
                 reason: "a pod sandbox has no root file system to run them in".to_owned(),
             });
         }
+    }
+    if plan.namespaces.time != Namespace::Host {
+        return Err(Error::Argument {
+            field: "linux.namespaces",
+            reason: "a pod sandbox cannot hold a time namespace".to_owned(),
+        });
     }
     let context = env.stdio_context(&request.id, None, &request.bundle);
     let mut stdio = Stdio::open(&request.stdio, &context).await?;

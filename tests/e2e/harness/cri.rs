@@ -20,9 +20,7 @@ pub const TARGET: u64 = 3;
 pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
     let root = node.root.display();
     let (major, _) = node.setting.version();
-    let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join(format!("shim-config/containerd-{}.toml", major.min(2)));
-    let shipped = fs::read_to_string(shipped).expect("read the shipped configuration");
+    let shipped = shipped(&format!("containerd-{}.toml", major.min(2)));
     // What is offered as a comment must work too.
     let mut runtime = String::new();
     for line in shipped.lines() {
@@ -331,6 +329,19 @@ impl Container {
     }
 }
 
+/// A file of `shim-config/`.
+pub fn shipped(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("shim-config").join(name);
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("read shim-config/{name}: {error}"))
+}
+
+/// What the kubelet would ask for because of the shipped RuntimeClass.
+fn handler() -> String {
+    let class = shipped("runtimeclass.yaml");
+    let handler = class.lines().find_map(|line| line.strip_prefix("handler: "));
+    handler.expect("a RuntimeClass has a handler").to_owned()
+}
+
 fn pair(key: &str, value: &str) -> Message {
     Message::new().bytes(1, key).bytes(2, value)
 }
@@ -364,7 +375,7 @@ impl Cri<'_> {
     }
 
     pub fn try_run_pod(&self, pod: &Pod) -> Result<String, Failure> {
-        let request = Message::new().message(1, &pod.config()).bytes(2, "proxmox");
+        let request = Message::new().message(1, &pod.config()).bytes(2, handler());
         self.call("RunPodSandbox", &request).map(|reply| text(&reply, 1))
     }
 

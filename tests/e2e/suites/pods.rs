@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::harness::cri::shipped;
 use crate::harness::direct::{Driver, Refusal, Shim, Stdio3, code};
 use crate::harness::process::{self, eventually};
 use crate::harness::sys;
@@ -18,7 +19,8 @@ use crate::suites::cases;
 cases!("pods":
     containers_of_a_group_share_a_shim,
     a_failing_member_touches_no_other,
-    each_member_is_deleted_after_a_crash;
+    each_member_is_deleted_after_a_crash,
+    the_shipped_workloads_name_the_shipped_class;
     proxmox:
     the_sandbox_holds_the_pods_namespaces_and_is_no_ct,
     the_sandbox_has_nothing_of_the_host,
@@ -382,6 +384,14 @@ fn the_sandbox_refuses_what_it_cannot_do(t: &Test) {
             "startContainer",
         ),
         ("uts", Some(("linux", json!({"namespaces": [{"type": "mount"}]}))), "hostname"),
+        (
+            "time",
+            Some((
+                "linux",
+                json!({"namespaces": [{"type": "mount"}, {"type": "uts"}, {"type": "time"}]}),
+            )),
+            "time namespace",
+        ),
     ] {
         let id = t.id(name);
         let mut spec = sandbox_spec(&driver, &id, &network.path());
@@ -696,4 +706,19 @@ fn hostile_names_stay_in_their_places(t: &Test) {
     let starting = |text: &str, start: &str| text.lines().filter(|l| l.starts_with(start)).count();
     assert_eq!(starting(&config, "lxc.hook"), 0, "{config}");
     assert_eq!(starting(&notes, "containerd-shim-proxmox:"), 1, "{notes}");
+}
+
+fn the_shipped_workloads_name_the_shipped_class(_: &Test) {
+    let class = shipped("runtimeclass.yaml");
+    let name = class.lines().find_map(|line| line.strip_prefix("  name: ")).expect("it has a name");
+    for file in ["pod.yaml", "deployment.yaml"] {
+        let asked = format!("runtimeClassName: {name}");
+        assert!(shipped(file).lines().any(|line| line.trim() == asked), "{file}");
+    }
+    // The other end: both configurations of containerd have the runtime that the class selects.
+    let handler = class.lines().find_map(|line| line.strip_prefix("handler: ")).expect("a handler");
+    for file in ["containerd-1.toml", "containerd-2.toml"] {
+        let table = format!(".containerd.runtimes.{handler}]");
+        assert!(shipped(file).lines().any(|line| line.ends_with(&table)), "{file}");
+    }
 }

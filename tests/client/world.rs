@@ -91,6 +91,7 @@ impl World {
             cpulimit: None,
             cpuunits: None,
             tags: Vec::new(),
+            id_map: Vec::new(),
             notes: identity.notes(&[]),
             rootfs,
             include,

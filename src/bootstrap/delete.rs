@@ -31,7 +31,7 @@ pub(super) struct Deleted {
 pub(super) fn run(target: &Target) -> Result<Deleted, Error> {
     let bundle = super::bundle(target)?;
     let socket = socket_path(target, &bundle);
-    let reclaimed = within(LIMIT, target, bundle, socket.clone());
+    let reclaimed = within(LIMIT, target, bundle);
     // Also after a failure: nobody else removes a shim's socket. But never that of a living shim,
     // which may serve the other containers of a pod.
     socket::remove_dead(&socket);
@@ -49,7 +49,6 @@ fn within(
     limit: Duration,
     target: &Target,
     bundle: PathBuf,
-    socket: PathBuf,
 ) -> Result<(Ended, Option<Error>), Error> {
     let until = Instant::now() + limit;
     let (done, wait) = mpsc::channel();
@@ -60,7 +59,7 @@ fn within(
         let known = |ended| {
             let _ = known.send(ended);
         };
-        let _ = done.send(reclaim(options, &namespace, &id, &bundle, &socket, known));
+        let _ = done.send(reclaim(options, &namespace, &id, &bundle, known));
     };
     thread::Builder::new().spawn(work).map_err(Error::Runtime)?;
     let left = wait
@@ -79,7 +78,6 @@ fn reclaim(
     namespace: &str,
     id: &str,
     bundle: &Path,
-    socket: &Path,
     known: impl FnOnce(Ended),
 ) -> Result<(), Error> {
     let options = options.as_ref().map(|o| (o.type_url.as_str(), o.value.as_slice()));
@@ -90,9 +88,6 @@ fn reclaim(
         .map_err(Error::Runtime)?;
     let reclaimed = runtime.block_on(async {
         let own = teardown::reclaim(&config, namespace, id, bundle, known).await;
-        if socket::is_served(socket) {
-            return own;
-        }
         let was_started = |bundle: &Path| super::address_file(bundle).exists();
         let members = teardown::reclaim_members(&config, namespace, id, was_started).await;
         own.and(members)

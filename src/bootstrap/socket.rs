@@ -119,11 +119,6 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     listener
 }
 
-/// Whether a shim listens there.
-pub(super) fn is_served(path: &Path) -> bool {
-    UnixStream::connect(path).is_ok()
-}
-
 /// Removes the socket if nobody serves it: that of a shim that died.
 pub(super) fn remove_dead(path: &Path) {
     let Some(dir) = path.parent() else { return };

@@ -286,7 +286,8 @@ fn convert(
     let fstype = mount.typ().clone().unwrap_or_default();
     let source = mount.source().clone().unwrap_or_default();
 
-    if options.set & libc::MS_BIND != 0 {
+    // A socket of the host: runtimes with a kernel of their own forward it, here a bind mount does.
+    if options.set & libc::MS_BIND != 0 || fstype == "uds" {
         if !options.data.is_empty() {
             return Err(Error::invalid(
                 format!("{field}.options"),
@@ -647,6 +648,15 @@ mod tests {
     }
 
     #[test]
+    fn a_forwarded_socket_is_a_bind_mount() {
+        let mount = read_json(r#"{"destination":"/run/s","type":"uds","source":"/h/s"}"#, None);
+        assert!(
+            matches!(mount, Ok(PlannedMount::Bind { source, destination, recursive: false, .. })
+            if source == Path::new("/h/s") && destination == "/run/s")
+        );
+    }
+
+    #[test]
     fn relative_sources_are_the_bundle_s() {
         let mount = read_json(r#"{"destination":"/d","source":"vol","options":["bind"]}"#, None);
         assert!(matches!(mount.unwrap(), PlannedMount::Bind { source, .. }
@@ -669,6 +679,7 @@ mod tests {
                 "mounts[0].type \"bind\" needs",
             ),
             (r#"{"destination":"/d"}"#, "mounts[0].type \"\" needs"),
+            (r#"{"destination":"/d","type":"uds"}"#, "mounts[0].source is missing"),
             (r#"{"destination":"/d","options":["bind"]}"#, "mounts[0].source is missing"),
             (
                 r#"{"destination":"/d","source":"/s","options":["bind","size=1"]}"#,

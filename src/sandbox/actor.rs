@@ -17,7 +17,7 @@ use crate::lxc::exit::Exit;
 use crate::oci;
 use crate::oci::plan::Hooks;
 use crate::sandbox::holder::Waiting;
-use crate::sandbox::member::Shared;
+use crate::sandbox::member::{Shared, State};
 use crate::sandbox::namespace;
 use crate::sandbox::pod::{self, Pod};
 use crate::sandbox::spec::{self, Network};
@@ -32,6 +32,8 @@ use crate::task::{Environment, blocking, teardown};
 const SHARED_MEMORY: u64 = 64 << 20;
 /// The holder ends within a millisecond of being asked to.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// A killed container's output is waited for at most this long.
+const EXIT_LIMIT: Duration = Duration::from_secs(15);
 /// Calls that may wait for their turn.
 const INBOX: usize = 16;
 
@@ -194,6 +196,7 @@ impl Actor {
                 let pid = sandbox.pod.holder.pid.unsigned_abs();
                 let cgroup = sandbox.pod.cgroup.clone();
                 self.sandbox = Some(sandbox);
+                self.env.sandbox.set(State::NotRunning);
                 self.view.send_replace(Some(View {
                     id: request.id,
                     pid,
@@ -237,7 +240,7 @@ impl Actor {
         }
         let Some(waiting) = sandbox.waiting.take() else { return refuse("has been started") };
         waiting.go().await.map_err(pod::Error::from)?;
-        self.env.sandbox.set(Some(Shared {
+        self.env.sandbox.set(State::Running(Shared {
             pid: sandbox.pod.holder.pid,
             namespaces: sandbox.plan.namespaces.clone(),
             memory: sandbox.pod.dir.shm(),
@@ -248,7 +251,7 @@ impl Actor {
     }
 
     fn exited(&mut self, exit: Exit) {
-        self.env.sandbox.set(None);
+        self.env.sandbox.set(State::NotRunning);
         self.change_view(|view| view.exit = Some(exit));
         log::info!(status = exit.status.0; "the pod sandbox has ended");
     }
@@ -290,11 +293,8 @@ impl Actor {
     async fn shut_down(&mut self, id: &str) -> Result<()> {
         if self.sandbox.is_some() {
             self.check(id)?;
-            if self.containers.has_staying() {
-                let reason = "still has containers; delete them first";
-                return Err(Error::SandboxPrecondition { id: id.to_owned(), reason });
-            }
             self.stop(id).await?;
+            self.delete_containers(id).await?;
         }
         if let Some(sandbox) = &self.sandbox {
             self.tear_down(&sandbox.pod.dir, &sandbox.pod.record, id).await?;
@@ -302,6 +302,25 @@ impl Actor {
         self.sandbox = None;
         self.containers.release();
         self.containers.shut_down();
+        Ok(())
+    }
+
+    /// The pod's end is that of its containers, which have been killed.
+    async fn delete_containers(&self, id: &str) -> Result<()> {
+        for container in self.containers.all() {
+            let mut view = container.view.clone();
+            let ended = view.wait_for(|view| view.process(INIT).is_none_or(|p| p.exit.is_some()));
+            if tokio::time::timeout(EXIT_LIMIT, ended).await.is_err() {
+                let reason = "has a container that does not end";
+                return Err(Error::SandboxPrecondition { id: id.to_owned(), reason });
+            }
+            let delete = |reply| container::Command::Delete { exec_id: INIT.to_owned(), reply };
+            match container.ask(delete).await {
+                // Somebody else was faster.
+                Ok(_) | Err(Error::Finished) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(())
     }
 

@@ -22,6 +22,9 @@ pub enum Error {
         "linux.namespaces: {path:?} stands for the pod sandbox's, but this shim holds no sandbox"
     )]
     NoSandbox { path: PathBuf },
+    /// The sandbox has nothing to share.
+    #[error("the pod sandbox is not running")]
+    NotRunning,
     /// The sandbox is on the node.
     #[error("{field} cannot be set: the pod sandbox shares that namespace with the node")]
     OfTheNode { field: &'static str },
@@ -38,20 +41,32 @@ pub struct Shared {
     pub memory: PathBuf,
 }
 
-/// The one sandbox of a shim, once it runs.
+/// Whether the shim holds a sandbox for the Sandbox service.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum State {
+    /// It never did: containers are made as they are described.
+    #[default]
+    Absent,
+    /// It was not started yet, or has ended. A container made now would get the node's namespaces in
+    /// the place of the pod's.
+    NotRunning,
+    Running(Shared),
+}
+
+/// The one sandbox of a shim.
 #[derive(Debug, Default)]
-pub struct Slot(Mutex<Option<Shared>>);
+pub struct Slot(Mutex<State>);
 
 impl Slot {
-    /// Sets or clears what there is to share.
-    pub fn set(&self, shared: Option<Shared>) {
+    /// Sets what there is to share.
+    pub fn set(&self, state: State) {
         // Nothing panics while it holds the lock.
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = shared;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     /// What there is to share.
     #[must_use]
-    pub fn get(&self) -> Option<Shared> {
+    pub fn get(&self) -> State {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -1,6 +1,7 @@
 //! Makes a container: from containerd's request to an init that waits for its start.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::oci::{self, Host};
 use crate::pve::conf::ClaimError;
 use crate::pve::identity::{self, Id128, Identity};
 use crate::pve::{self, Upid};
+use crate::sandbox::member::State;
 use crate::sandbox::namespace::Joined;
 use crate::sandbox::{member, pod};
 use crate::sys;
@@ -167,6 +169,7 @@ impl Building {
         let (planned, dir) = (plan.clone(), self.dir.clone());
         let bundle = request.bundle.clone();
         let devices = blocking(move || {
+            make_mount_point(&mounts, &target)?;
             let Some(user) = &planned.user_namespace else {
                 rootfs::mount(&mounts, &target, None)?;
                 lxc::image::check(&planned.root_path)?;
@@ -278,18 +281,18 @@ impl Building {
     async fn plan(&self) -> Result<Plan> {
         let bundle = self.request.bundle.clone();
         let programs = programs(&self.request);
-        let shared = self.env.sandbox.get();
-        let is_member = shared.is_some() || self.request.role == oci::Role::Member;
+        let sandbox = self.env.sandbox.get();
+        let is_member = sandbox != State::Absent || self.request.role == oci::Role::Member;
         let mut plan = blocking(move || match is_member {
             true => Ok(oci::load_member(&bundle, &programs)?),
             false => Ok(oci::load(&bundle, &programs)?),
         })
         .await?;
-        if is_member {
-            match shared {
-                Some(shared) => shared.join(&mut plan)?,
-                None => member::refuse_placeholders(&plan.namespaces)?,
-            }
+        match sandbox {
+            State::Running(shared) => shared.join(&mut plan)?,
+            State::NotRunning => return Err(member::Error::NotRunning.into()),
+            State::Absent if is_member => member::refuse_placeholders(&plan.namespaces)?,
+            State::Absent => {}
         }
         let exposed = lxc::command_socket::guard(
             &mut plan,
@@ -645,6 +648,19 @@ fn detached_mount(destination: &str, directory: bool, propagation: &[u64]) -> Mo
 pub(super) fn programs(request: &CreateRequest) -> oci::Programs {
     // No namespace of containerd has a name that begins like this.
     oci::Programs::at(request.config.paths.run_dir.join(".seccomp"))
+}
+
+/// A bundle need not hold the directory that the mounts are for; runc's shim makes it, too.
+fn make_mount_point(mounts: &[RootfsMount], target: &Path) -> Result<()> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    match std::fs::DirBuilder::new().mode(0o711).create(target) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(Error::Io { action: "make the directory of the rootfs", source: error })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the ledger keeps of the plan for the container's end.

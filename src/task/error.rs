@@ -143,7 +143,9 @@ impl Error {
             Self::Phase { .. }
             | Self::Precondition { .. }
             | Self::SandboxPrecondition { .. }
-            | Self::Member(member::Error::NoSandbox { .. }) => Code::FAILED_PRECONDITION,
+            | Self::Member(member::Error::NoSandbox { .. } | member::Error::NotRunning) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Argument { .. }
             | Self::Config(_)
             | Self::Oci(_)

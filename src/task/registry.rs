@@ -110,12 +110,6 @@ impl Registry {
         self.state().sandbox = false;
     }
 
-    /// Whether a container is there that nobody has begun to remove.
-    #[must_use]
-    pub fn has_staying(&self) -> bool {
-        self.state().containers.values().any(|handle| !handle.view.borrow().leaving)
-    }
-
     /// All containers.
     #[must_use]
     pub fn all(&self) -> Vec<Handle> {
@@ -167,9 +161,7 @@ mod tests {
         registry.shut_down();
         assert!(!registry.finished.is_cancelled());
         let (view, container) = add(&registry, "member");
-        assert!(registry.has_staying());
         view.send_modify(|view| view.leaving = true);
-        assert!(!registry.has_staying());
         registry.release();
         registry.shut_down();
         assert!(!registry.finished.is_cancelled(), "the member has not left yet");

@@ -91,7 +91,6 @@ impl World {
             cpulimit: None,
             cpuunits: None,
             tags: Vec::new(),
-            id_map: Vec::new(),
             notes: identity.notes(&[]),
             rootfs,
             include,

@@ -54,7 +54,12 @@ impl Waiting {
     /// # Errors
     /// [`Error::Init`], [`Error::Slow`].
     pub async fn go(self) -> Result<(), Error> {
-        Ok(tokio::time::timeout(LIMIT, self.0.go()).await.map_err(|_| Error::Slow)??)
+        let gone = async {
+            self.0.go().await?;
+            // It closes the socket, although it executes nothing.
+            self.0.executed().await
+        };
+        Ok(tokio::time::timeout(LIMIT, gone).await.map_err(|_| Error::Slow)??)
     }
 }
 

@@ -527,7 +527,7 @@ fn a_member_whose_sandbox_is_gone_is_refused(t: &Test) {
     shim.kill("", 9, false).expect("kill");
     shim.wait("").expect("wait");
     let member = driver.join(&member_id, &spec, &shim);
-    let path = format!("/proc/{pid}/ns/ipc: is gone: the pod sandbox has ended");
+    let path = format!("/proc/{pid}/ns/ipc\": is gone: the pod sandbox has ended");
     refused(member.create(&Stdio3::default()), "FailedPrecondition", &path);
     driver.remove_bundle(&member_id);
     let path = format!("/proc/{}/ns/uts", std::process::id());

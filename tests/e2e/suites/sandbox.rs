@@ -268,7 +268,7 @@ fn states_that_do_not_allow_it_are_refused(t: &Test) {
 fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
     let driver = t.driver();
     let sandbox = start(&driver, &t.id("pod"));
-    refused(sandbox.create(&t.file("vanished")), "FailedPrecondition", "vanished: is gone");
+    refused(sandbox.create(&t.file("vanished")), "FailedPrecondition", "vanished\": is gone");
     refused(sandbox.create("/etc/passwd"), "InvalidArgument", "/etc/passwd: is not a network");
     let uts = format!("/proc/{}/ns/uts", std::process::id());
     refused(sandbox.create(&uts), "InvalidArgument", "ns/uts: is not a network");

@@ -151,7 +151,7 @@ guest() {
 		#!/bin/sh
 		export HOME=/root PATH=/usr/sbin:/usr/bin LANG=C.UTF-8
 		export E2E_BIN=/opt/e2e E2E_PROBE=/opt/e2e/probe E2E_LOGS=/mnt/e2e-logs
-		export E2E_UNITS=systemd E2E_CONTAINERD= RUST_BACKTRACE=0
+		export E2E_UNITS=systemd E2E_SLOW=4 E2E_CONTAINERD= RUST_BACKTRACE=0
 		exec >/mnt/output 2>&1
 		cp -r /mnt/bin /opt/e2e
 		profile=\$(sed -n 's,^/usr/bin/lxc-start (\(.*\)),\1,p' /sys/kernel/security/apparmor/profiles)

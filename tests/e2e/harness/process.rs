@@ -176,7 +176,7 @@ pub fn run(command: &mut Command) -> Output {
 
 /// Waits for a child with a limit; `None` if it still runs.
 pub fn wait_child(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> {
-    let end = Instant::now() + limit;
+    let end = deadline(limit);
     let mut pause = Duration::from_millis(1);
     loop {
         if let Ok(Some(status)) = child.try_wait() {
@@ -190,10 +190,17 @@ pub fn wait_child(child: &mut Child, limit: Duration) -> Option<std::process::Ex
     }
 }
 
+/// The end of a wait. The limits are those of an ordinary machine; `E2E_SLOW` is a factor for an emulated
+/// one.
+pub fn deadline(limit: Duration) -> Instant {
+    let factor = std::env::var("E2E_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    Instant::now() + limit * factor
+}
+
 /// Repeats `probe` until it answers, or fails the test naming what was waited for.
 #[track_caller]
 pub fn eventually<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + limit;
+    let end = deadline(limit);
     loop {
         if let Some(value) = probe() {
             return value;

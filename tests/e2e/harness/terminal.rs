@@ -58,7 +58,7 @@ impl Terminal {
     /// Waits until `text` has been printed.
     #[track_caller]
     pub fn expect(&self, text: &str) {
-        let end = Instant::now() + Duration::from_secs(15);
+        let end = process::deadline(Duration::from_secs(15));
         let mut bytes = self.screen.0.lock().expect("not poisoned");
         while !String::from_utf8_lossy(&bytes).contains(text) {
             let Some(left) = end.checked_duration_since(Instant::now()) else {

@@ -269,9 +269,9 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
     let driver = t.driver();
     let sandbox = start(&driver, &t.id("pod"));
     refused(sandbox.create(&t.file("vanished")), "FailedPrecondition", "vanished\": is gone");
-    refused(sandbox.create("/etc/passwd"), "InvalidArgument", "/etc/passwd: is not a network");
+    refused(sandbox.create("/etc/passwd"), "InvalidArgument", "/etc/passwd\": is not a network");
     let uts = format!("/proc/{}/ns/uts", std::process::id());
-    refused(sandbox.create(&uts), "InvalidArgument", "ns/uts: is not a network");
+    refused(sandbox.create(&uts), "InvalidArgument", "ns/uts\": is not a network");
     let options = |value: &[u8]| {
         let mut request = api::CreateSandboxRequest {
             sandbox_id: sandbox.shim.id.clone(),

@@ -153,6 +153,8 @@ pub struct Ct {
     pub placement: Placement,
     /// Which abstract Unix sockets a container on the node's network reaches.
     pub abstract_sockets: AbstractSockets,
+    /// Every container has a user namespace, Proxmox's if its specification has none.
+    pub unprivileged: bool,
     /// How long init may take to connect.
     pub start_timeout: Duration,
 }
@@ -440,13 +442,23 @@ fn ct(mut s: Section<'_>) -> Result<Ct, ConfigError> {
     s.choice("network", &["namespace"], &["bridge"])?;
     s.choice("placement", &["local"], &["remote"])?;
     let (rootfs, network, placement) = (Rootfs::Snapshot, Network::Namespace, Placement::Local);
+    let unprivileged = s.flag("unprivileged", false)?;
     let abstract_sockets = match s.choice("abstract_sockets", &["isolated", "shared"], &[])? {
         "shared" => AbstractSockets::Shared,
         _ => AbstractSockets::Isolated,
     };
     let start_timeout = s.seconds("start_timeout", 30, 3600)?;
     s.finish()?;
-    Ok(Ct { vmid_range, tags, rootfs, network, placement, abstract_sockets, start_timeout })
+    Ok(Ct {
+        vmid_range,
+        tags,
+        rootfs,
+        network,
+        placement,
+        abstract_sockets,
+        unprivileged,
+        start_timeout,
+    })
 }
 
 fn paths(mut s: Section<'_>) -> Result<Paths, ConfigError> {

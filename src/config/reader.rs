@@ -133,6 +133,17 @@ impl<'a> Section<'a> {
     }
 
     /// A list of strings.
+    pub(super) fn flag(&mut self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+        match self.take(key) {
+            None => Ok(default),
+            Some(Value::Boolean(value)) => Ok(value),
+            Some(other) => {
+                Err(self.error(key, format!("expected true or false, got {}", kind(&other))))
+            }
+        }
+    }
+
+    /// A list of strings; `like` is an example for the message.
     pub(super) fn texts(
         &mut self,
         key: &'static str,

@@ -60,7 +60,7 @@ fn every_value_can_be_set() {
         "[proxmox]\nendpoint = \"https://pve.example.com/\"\nnode = \"n2\"\ntoken_file = \"/a\"\n\
          fingerprint = \"{PAIRS}\"\npmxcfs = \"/p\"\nconnect_timeout = 1\nrequest_timeout = 2\n\
          task_timeout = 3\n[ct]\nvmid_range = \"100-200\"\ntags = []\nrootfs = \"snapshot\"\n\
-         network = \"namespace\"\nplacement = \"local\"\nabstract_sockets = \"shared\"\nstart_timeout = 4\n[paths]\n\
+         network = \"namespace\"\nplacement = \"local\"\nabstract_sockets = \"shared\"\nunprivileged = true\nstart_timeout = 4\n[paths]\n\
          run_dir = \"/r\"\nstate_dir = \"/s\"\ninit = \"/i\"\n[log]\nlevel = \"trace\"\n"
     );
     let config = Config::from_toml(&text, "x").unwrap();
@@ -73,6 +73,7 @@ fn every_value_can_be_set() {
     assert_eq!(config.log.level, log::LevelFilter::Trace);
     assert!(config.ct.tags.is_empty());
     assert_eq!(config.ct.abstract_sockets, AbstractSockets::Shared);
+    assert!(config.ct.unprivileged);
 }
 
 #[test]

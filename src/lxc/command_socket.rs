@@ -42,6 +42,7 @@ mod tests {
             apparmor: false,
             last_capability: 40,
             kcore: false,
+            unprivileged: false,
             is_own_namespace: |_, _| false,
         };
         let spec = include_bytes!("../oci/fixtures/ctr-default.json");

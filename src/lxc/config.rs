@@ -156,7 +156,7 @@ pub fn render(plan: &Plan, layout: &Layout) -> Result<String, Error> {
         // In a user namespace a new procfs can be mounted only as long as another one can be seen
         // completely. Init's come when the node's is out of sight.
         let directory = CT_PROC_DIR.trim_start_matches('/');
-        let entry = format!("proc {directory} proc nosuid,nodev,noexec,create=dir 0 0");
+        let entry = format!("proc {directory} proc nosuid,nodev,noexec,create=dir,optional 0 0");
         config.set("lxc.mount.entry", &entry)?;
     }
     config.set("lxc.init.cmd", &format!("{CT_DIR}/{BINARY_NAME} init"))?;

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CloneFlags, setns};
 
-use crate::oci::plan::MountAttributes;
+use crate::oci::plan::{MountAttributes, NamespaceFilesystem};
 use crate::sys::mount::{self as api, Change};
 
 /// What can go wrong with the source of a bind mount.
@@ -32,9 +32,9 @@ pub enum Error {
         path.display(), text(source)
     )]
     MapIds { path: PathBuf, destination: String, source: io::Error },
-    /// There is no sysfs for the container.
-    #[error("mount sysfs for the container's network namespace: {}", text(.0))]
-    Sysfs(#[source] io::Error),
+    /// What shows a namespace of the container.
+    #[error("mount {fstype} for the container's namespace: {}", text(source))]
+    OfNamespace { fstype: &'static str, source: io::Error },
     /// The init binary's mount.
     #[error("open {} as a read-only mount: {}", path.display(), text(source))]
     ReadOnly { path: PathBuf, source: io::Error },
@@ -154,22 +154,30 @@ pub fn host_tree() -> Result<OwnedFd, Error> {
     open(Path::new("/"), "/", true, MountAttributes::default(), &slave, None).map(|mount| mount.fd)
 }
 
-/// A new sysfs of the network namespace that a process is in, with `MOUNT_ATTR_*`. It belongs to whom
-/// the network namespace belongs.
+/// A new mount, with `MOUNT_ATTR_*`, of the file system that shows a namespace of a process. It
+/// belongs to whom the namespace belongs.
 ///
 /// # Errors
-/// [`Error::Sysfs`].
-pub fn sysfs(process: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd, Error> {
+/// [`Error::OfNamespace`].
+pub fn of_namespace(
+    filesystem: NamespaceFilesystem,
+    process: BorrowedFd<'_>,
+    attributes: u64,
+) -> Result<OwnedFd, Error> {
+    let (fstype, namespace) = match filesystem {
+        NamespaceFilesystem::Sysfs => ("sysfs", CloneFlags::CLONE_NEWNET),
+        NamespaceFilesystem::Mqueue => ("mqueue", CloneFlags::CLONE_NEWIPC),
+    };
     let open = || -> io::Result<OwnedFd> {
-        setns(process, CloneFlags::CLONE_NEWNET)?;
-        api::Filesystem::open("sysfs")?.mount(attributes)
+        setns(process, namespace)?;
+        api::Filesystem::open(fstype)?.mount(attributes)
     };
     // The namespace is that of a thread, which ends with it.
     std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, open) {
         Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
         Err(error) => Err(error),
     })
-    .map_err(Error::Sysfs)
+    .map_err(|source| Error::OfNamespace { fstype, source })
 }
 
 /// One file, such as the init binary, opened (`O_PATH`) on a private, read-only mount that belongs to no

@@ -15,6 +15,8 @@ pub struct Host {
     pub apparmor: bool,
     /// The highest capability the kernel knows (`cap_last_cap`).
     pub last_capability: u32,
+    /// Containers whose specification has no user namespace get that of Proxmox's unprivileged CTs.
+    pub unprivileged: bool,
     /// `/proc/kcore` exists, so `/dev/core` gets a link.
     pub kcore: bool,
     /// Whether a path names the shim's own namespace of a kind (a name in `/proc/self/ns`): a
@@ -43,6 +45,7 @@ impl Host {
             apparmor: std::fs::read("/sys/module/apparmor/parameters/enabled")
                 .is_ok_and(|enabled| enabled.starts_with(b"Y")),
             last_capability: last_capability.trim().parse().map_err(io::Error::other)?,
+            unprivileged: false,
             kcore: Path::new("/proc/kcore").exists(),
             is_own_namespace,
         })

@@ -52,14 +52,14 @@ use plan::Plan;
 /// write.
 pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Reads `<bundle>/config.json` and translates it for this host. `programs` spares compiling a known
-/// seccomp profile again.
+/// Reads `<bundle>/config.json` and translates it for this host. `unprivileged` is
+/// [`Host::unprivileged`]; `programs` spares compiling a known seccomp profile again.
 ///
 /// # Errors
 /// [`Error::Read`] and [`Error::TooLarge`] for the file, else as [`plan()`].
-pub fn load(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
+pub fn load(bundle: &Path, unprivileged: bool, programs: &Programs) -> Result<Plan, Error> {
     let json = read(bundle)?;
-    translate(&json, bundle, &probe()?, programs)
+    translate(&json, bundle, &Host { unprivileged, ..probe()? }, programs)
 }
 
 /// As [`load`], for a container of a Kubernetes pod: [placeholders](is_placeholder) stay paths, for the
@@ -67,9 +67,10 @@ pub fn load(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_member(bundle: &Path, programs: &Programs) -> Result<Plan, Error> {
+pub fn load_member(bundle: &Path, unprivileged: bool, programs: &Programs) -> Result<Plan, Error> {
     let json = read(bundle)?;
-    translate(&json, bundle, &probe()?.with_placeholders(), programs)
+    let host = Host { unprivileged, ..probe()? };
+    translate(&json, bundle, &host.with_placeholders(), programs)
 }
 
 /// What a bundle's container is to Kubernetes.

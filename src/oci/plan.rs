@@ -126,11 +126,25 @@ pub enum PlannedMount {
         /// those of the `host` id.
         ids: Option<MountIds>,
     },
-    /// The sysfs of the container's network namespace, with `MOUNT_ATTR_*`, opened by the shim: root
-    /// of a user namespace may not mount it if the network namespace belongs to somebody else.
-    Sysfs { destination: String, attributes: u64, propagation: Vec<u64> },
+    /// A file system that shows a namespace of the container, with `MOUNT_ATTR_*`, opened by the shim:
+    /// root of a user namespace may not mount it if that namespace belongs to somebody else.
+    OfNamespace {
+        filesystem: NamespaceFilesystem,
+        destination: String,
+        attributes: u64,
+        propagation: Vec<u64>,
+    },
     /// Anything init mounts by itself.
     Init(Mount),
+}
+
+/// See [`PlannedMount::OfNamespace`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NamespaceFilesystem {
+    /// Of the network namespace.
+    Sysfs,
+    /// Of the ipc namespace.
+    Mqueue,
 }
 
 /// Attributes for `mount_setattr(2)`, as `MOUNT_ATTR_*`.

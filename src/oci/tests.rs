@@ -22,6 +22,7 @@ pub(super) fn host() -> Host {
         apparmor: false,
         last_capability: 40,
         kcore: true,
+        unprivileged: false,
         is_own_namespace: |kind, path| path == Path::new("/host/ns").join(kind),
     }
 }
@@ -49,7 +50,7 @@ fn binds(plan: &Plan) -> Vec<(&str, &[u64])> {
             PlannedMount::Bind { destination, propagation, .. } => {
                 Some((destination.as_str(), propagation.as_slice()))
             }
-            PlannedMount::Init(_) | PlannedMount::Sysfs { .. } => None,
+            PlannedMount::Init(_) | PlannedMount::OfNamespace { .. } => None,
         })
         .collect()
 }
@@ -138,7 +139,7 @@ fn kubernetes_container() {
             MountSource::Cgroup { flags, hierarchies } => Some((*flags, hierarchies.len())),
             _ => None,
         },
-        PlannedMount::Bind { .. } | PlannedMount::Sysfs { .. } => None,
+        PlannedMount::Bind { .. } | PlannedMount::OfNamespace { .. } => None,
     });
     let (flags, hierarchies) = cgroup.unwrap();
     assert_ne!(flags & libc::MS_RDONLY, 0);
@@ -214,7 +215,7 @@ fn the_host_s_own_namespace_by_path_is_the_host_s() {
 #[test]
 fn load_reads_the_bundle_and_names_the_file() {
     let bundle = tempfile::tempdir().unwrap();
-    let load = |bundle: &Path| load(bundle, &Programs::default());
+    let load = |bundle: &Path| load(bundle, false, &Programs::default());
     let error = load(bundle.path()).unwrap_err();
     assert!(matches!(error, Error::Read { ref path, .. } if path.ends_with("config.json")));
     std::fs::write(bundle.path().join("config.json"), MINIMAL).unwrap();

@@ -8,7 +8,9 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxNamespace, LinuxNamespaceType as Ty
 use proxmox_shim_init::protocol::{Device, Mount, MountSource, Process};
 
 use super::document::{Document, Item};
-use super::plan::{Namespace, Namespaces, PlannedMount, UserNamespace};
+use super::plan::{
+    IdMapping, IdMappings, Namespace, NamespaceFilesystem, Namespaces, PlannedMount, UserNamespace,
+};
 use super::{Error, Host, id_mappings, mounts, namespaces};
 
 /// What a user namespace may mount (`FS_USERNS_MOUNT` of the kernel).
@@ -26,7 +28,7 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Option<UserNamespace>
     let is_host = path.as_deref().is_some_and(|path| (host.is_own_namespace)("user", path));
     let Some((field, path)) = entry.filter(|_| !is_host) else {
         return match mappings {
-            None => Ok(None),
+            None => Ok(host.unprivileged.then(proxmox)),
             Some(_) => Err(Error::invalid(
                 "linux.uidMappings",
                 "needs an own user namespace in linux.namespaces",
@@ -50,6 +52,12 @@ pub(super) fn read(spec: &Document, host: &Host) -> Result<Option<UserNamespace>
     }
     let path = path.map(|path| namespaces::joinable(&field, path)).transpose()?;
     Ok(Some(UserNamespace { path, mappings }))
+}
+
+/// That of an unprivileged CT.
+fn proxmox() -> UserNamespace {
+    let ids = vec![IdMapping { container: 0, host: 100_000, size: 65_536 }];
+    UserNamespace { path: None, mappings: IdMappings { uids: ids.clone(), gids: ids } }
 }
 
 /// The entry's field and path.
@@ -80,33 +88,30 @@ pub(super) fn adapt(
         if !MOUNTABLE.contains(&fstype.as_str()) {
             return Err(Error::unsupported(
                 format!("{} {fstype:?} in a user namespace", field("type")),
-                "the kernel forbids it; bind-mount the node's, or run without a user namespace",
+                "the kernel forbids it; bind-mount the node's, or run it with a configuration that has \
+                 ct.unprivileged = false",
             ));
         }
-        let needs = match fstype.as_str() {
-            "proc" => Some(("pid", &namespaces.pid)),
-            "mqueue" => Some(("ipc", &namespaces.ipc)),
-            _ => None,
-        };
-        if let Some((kind, Namespace::Host)) = needs {
-            let problem =
-                format!("{fstype:?} in a user namespace needs an own {kind} namespace as well");
+        if fstype == "proc" && namespaces.pid == Namespace::Host {
+            let problem = "\"proc\" in a user namespace needs an own pid namespace as well";
             return Err(Error::invalid(field("type"), problem));
         }
-        // It shows a network namespace, which may belong to the node.
-        if fstype == "sysfs" {
-            if !data.is_empty() {
-                return Err(Error::invalid(
-                    field("options"),
-                    format!("{data:?} mean nothing to sysfs"),
-                ));
-            }
-            *mount = PlannedMount::Sysfs {
-                destination: std::mem::take(destination),
-                attributes: mounts::attributes_of(*flags),
-                propagation: std::mem::take(propagation),
-            };
+        // They show a namespace, which may belong to the node.
+        let of = match fstype.as_str() {
+            "sysfs" => NamespaceFilesystem::Sysfs,
+            "mqueue" => NamespaceFilesystem::Mqueue,
+            _ => continue,
+        };
+        if !data.is_empty() {
+            let problem = format!("{data:?} mean nothing to {fstype}");
+            return Err(Error::invalid(field("options"), problem));
         }
+        *mount = PlannedMount::OfNamespace {
+            filesystem: of,
+            destination: std::mem::take(destination),
+            attributes: mounts::attributes_of(*flags),
+            propagation: std::mem::take(propagation),
+        };
     }
     Ok(())
 }
@@ -178,6 +183,22 @@ mod tests {
     }
 
     #[test]
+    fn an_unprivileged_container_gets_proxmox_s() {
+        let read = |linux: &str| {
+            let json = format!(r#"{{"linux":{{{linux}}}}}"#);
+            let host = Host { unprivileged: true, ..host() };
+            super::read(&Document::parse(json.as_bytes()).unwrap(), &host).unwrap().unwrap()
+        };
+        for linux in ["", r#""namespaces":[{"type":"user","path":"/host/ns/user"}]"#] {
+            let user = read(linux);
+            assert_eq!((user.path, user.mappings.uid_map()), (None, "0 100000 65536\n".to_owned()));
+            assert_eq!(user.mappings.gid_map(), "0 100000 65536\n");
+        }
+        let own = read(&format!(r#""namespaces":[{{"type":"user"}}],{MAPPINGS}"#));
+        assert_eq!(own.mappings.gid_map(), "0 200000 1000\n");
+    }
+
+    #[test]
     fn mappings_and_namespace_need_each_other() {
         let without_root = MAPPINGS.replace("\"containerID\":0", "\"containerID\":1");
         for (linux, expected) in [
@@ -222,9 +243,12 @@ mod tests {
     fn sysfs_is_left_to_the_shim_and_cgroups_are_hidden() {
         let plan = plan(|_| {}).unwrap();
         let sysfs = plan.mounts.iter().find_map(|mount| match mount {
-            PlannedMount::Sysfs { destination, attributes, propagation } => {
-                Some((destination.as_str(), *attributes, propagation.len()))
-            }
+            PlannedMount::OfNamespace {
+                filesystem: NamespaceFilesystem::Sysfs,
+                destination,
+                attributes,
+                propagation,
+            } => Some((destination.as_str(), *attributes, propagation.len())),
             _ => None,
         });
         let attributes = libc::MOUNT_ATTR_NOSUID
@@ -252,7 +276,6 @@ mod tests {
             "mounts[7].type \"debugfs\" in a user namespace is not supported",
         );
         refused(&|s| host_namespace(s, "pid"), "mounts[0].type \"proc\" in a user namespace needs");
-        refused(&|s| host_namespace(s, "ipc"), "\"mqueue\" in a user namespace needs an own ipc");
         refused(
             &|s| s["process"]["user"]["uid"] = 1000.into(),
             "process.user.uid is 1000, which the user namespace does not map",

@@ -283,9 +283,10 @@ impl Building {
         let programs = programs(&self.request);
         let sandbox = self.env.sandbox.get();
         let is_member = sandbox != State::Absent || self.request.role == oci::Role::Member;
+        let unprivileged = self.request.config.ct.unprivileged;
         let mut plan = blocking(move || match is_member {
-            true => Ok(oci::load_member(&bundle, &programs)?),
-            false => Ok(oci::load(&bundle, &programs)?),
+            true => Ok(oci::load_member(&bundle, unprivileged, &programs)?),
+            false => Ok(oci::load(&bundle, unprivileged, &programs)?),
         })
         .await?;
         match sandbox {
@@ -553,7 +554,7 @@ impl RunningCt {
                 // The propagation is set on the detached mount already.
                 Some(detached_mount(destination, directories.next()?, &[]))
             }
-            PlannedMount::Sysfs { destination, propagation, .. } => {
+            PlannedMount::OfNamespace { destination, propagation, .. } => {
                 Some(detached_mount(destination, true, propagation))
             }
         });
@@ -613,9 +614,10 @@ impl RunningCt {
             for mount in &mounts {
                 match mount {
                     PlannedMount::Bind { .. } => descriptors.extend(binds.next()),
-                    PlannedMount::Sysfs { attributes, .. } => {
+                    PlannedMount::OfNamespace { filesystem, attributes, .. } => {
                         let process = pidfd.get_ref().as_fd();
-                        descriptors.push(detached::sysfs(process, *attributes)?);
+                        let mount = detached::of_namespace(*filesystem, process, *attributes)?;
+                        descriptors.push(mount);
                     }
                     PlannedMount::Init(_) => {}
                 }

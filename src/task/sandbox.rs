@@ -319,7 +319,7 @@ async fn build(
     }
     let bundle = request.bundle.clone();
     let programs = create::programs(request);
-    let plan = blocking(move || Ok(oci::load(&bundle, &programs)?)).await?;
+    let plan = blocking(move || Ok(oci::load(&bundle, false, &programs)?)).await?;
     for warning in &plan.warnings {
         log::warn!(container = request.id.as_str(); "{warning}");
     }

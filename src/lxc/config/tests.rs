@@ -24,6 +24,7 @@ fn plan(fixture: &str) -> Plan {
         apparmor: true,
         last_capability: 40,
         kcore: true,
+        unprivileged: false,
         is_own_namespace: |_, _| false,
     };
     oci::plan(fixture.as_bytes(), Path::new("/bundle"), &host).unwrap()

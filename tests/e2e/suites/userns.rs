@@ -30,6 +30,8 @@ cases!("userns":;
     rootfs_without_mounts_is_mapped,
     images_are_mapped,
     snapshot_that_containerd_has_chowned_is_not_mapped_again,
+    unprivileged_containers_of_containerd,
+    unprivileged_members_of_a_pod_share_namespaces_of_the_node,
     ids_that_lxc_may_not_use_are_named,
     what_a_user_namespace_cannot_have_is_named,
     crash_leaves_nothing,
@@ -496,6 +498,84 @@ fn snapshot_that_containerd_has_chowned_is_not_mapped_again(t: &Test) {
     shim.finish();
     assert_eq!(fs::read_to_string(t.file("out")).expect("output"), "0:0\n0:0\n");
     driver.remove_bundle(&id);
+}
+
+/// The node's configuration with `unprivileged = true`.
+fn unprivileged(t: &Test) -> String {
+    let path = t.file("unprivileged.toml");
+    let text = t.node.shim_config_text().replace("[ct]\n", "[ct]\nunprivileged = true\n");
+    fs::write(&path, text).expect("write the configuration");
+    path
+}
+
+fn unprivileged_containers_of_containerd(t: &Test) {
+    let config = unprivileged(t);
+    let flags = ["--runtime-config-path", &config];
+    let id = t.id("a");
+    let script = "cat /proc/self/uid_map; stat -c %u:%g /bin/busybox; echo new > /made; \
+                  chown 1000:1001 /made; rm /etc/group; cat /proc/1/status | grep -c Uid";
+    t.start(&flags, &id, &["sh", "-c", &format!("({script}) > /out 2>&1; exec sleep 1000")]);
+    eventually("the script has run", Duration::from_secs(10), || {
+        (t.exec_sh(&id, "tail -n 1 /out").text() == "1").then_some(())
+    });
+    let text = t.exec_sh(&id, "cat /out").ok().text();
+    let words: Vec<_> = text.split_whitespace().collect();
+    assert_eq!(words, ["0", "100000", "65536", "0:0", "1"]);
+    let uid = process::status_field(t.pid(&id), "Uid").expect("Uid");
+    assert_eq!(uid, ["100000"; 4].join("\t"));
+    assert_eq!(t.exec(&["--user", "1000"], &id, &["id", "-u"]).ok().text(), "1000");
+    // The layer that would be committed has the container's ids.
+    let layer = t.file("layer.tar");
+    let diff = format!(
+        "'{}' --address '{}' --namespace '{}' snapshots diff '{id}' > '{layer}'",
+        t.node.setting.program("ctr").display(),
+        t.node.socket().display(),
+        t.node.namespace
+    );
+    process::run(Command::new("sh").args(["-c", &diff])).ok();
+    let list = ["--numeric-owner", "-tvf", &layer];
+    let list = process::run(Command::new("tar").args(list)).ok().text();
+    let owner = |file: &str| {
+        let line = list.lines().find(|line| line.ends_with(&format!(" {file}")));
+        line.and_then(|line| line.split_whitespace().nth(1)).unwrap_or_default().to_owned()
+    };
+    assert_eq!(owner("made"), "1000/1001", "{list}");
+    assert_eq!([owner("out"), owner("etc/"), owner("etc/.wh.group")], ["0/0"; 3], "{list}");
+    // What only root of the node may have.
+    let mount = "type=debugfs,src=debugfs,dst=/d,options=ro";
+    let out = t.sh(&[&flags[..], &["--mount", mount]].concat(), &t.id("b"), "true");
+    assert!(out.code != 0 && out.stderr.contains("ct.unprivileged"), "{}", out.stderr);
+}
+
+/// As in Kubernetes, where the sandbox has been made by somebody who knows nothing of it.
+fn unprivileged_members_of_a_pod_share_namespaces_of_the_node(t: &Test) {
+    let mut other = Command::new("unshare");
+    other.args(["--net", "--ipc", "--uts", "sh", "-c", "ipcmk -Q; exec sleep 1000"]);
+    let other = t.spawn(other);
+    let path = |kind: &str| format!("/proc/{}/ns/{kind}", other.pid());
+    let kinds = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
+    eventually("the namespaces are there", Duration::from_secs(5), || {
+        let own = fs::read_link("/proc/self/ns/uts").ok()?;
+        let command = fs::read_to_string(format!("/proc/{}/comm", other.pid())).ok()?;
+        (fs::read_link(path("uts")).ok()? != own && command.trim() == "sleep").then_some(())
+    });
+    let script = "for ns in net ipc uts; do readlink /proc/self/ns/$ns; done; ls /sys/class/net; \
+                  grep -c ' - mqueue ' /proc/self/mountinfo; id -u";
+    let text = run(t, &t.id("a"), script, |spec| {
+        for namespace in spec["linux"]["namespaces"].as_array_mut().expect("a list") {
+            let kind = kinds.iter().find(|(name, _)| namespace["type"] == *name);
+            if let Some((_, kind)) = kind {
+                namespace["path"] = json!(path(kind));
+            }
+        }
+    });
+    let mut expected: Vec<_> = kinds
+        .iter()
+        .map(|(_, kind)| fs::read_link(path(kind)).expect("link").display().to_string())
+        .collect();
+    sys::kill(other.pid(), libc::SIGKILL);
+    expected.extend(["lo", "1", "0"].map(str::to_owned));
+    assert_eq!(text.lines().collect::<Vec<_>>(), expected);
 }
 
 fn ids_that_lxc_may_not_use_are_named(t: &Test) {

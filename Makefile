@@ -18,8 +18,8 @@ OUT := target/release
 
 BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
 RUN_PACKAGES := containerd runc lxc busybox-static e2fsprogs iproute2 curl jq
-# The simulator unpacks templates; a real client in Python drives it.
-TEST_PACKAGES := zstd xz-utils python3-venv
+# The simulator unpacks templates, a real client in Python drives it; pods get their network by CNI.
+TEST_PACKAGES := zstd xz-utils python3-venv containernetworking-plugins iptables erofs-utils
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 

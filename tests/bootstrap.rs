@@ -73,7 +73,7 @@ impl Host {
             let _ = node.wait();
         }
         let token = self.path("token");
-        fs::write(&token, "a@pve!b=00000000-0000-0000-0000-000000000000\n").unwrap();
+        fs::write(&token, "a@pve!shim=00000000-0000-0000-0000-000000000000\n").unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
         format!("endpoint = \"https://127.0.0.1:9\"\nnode = \"pve1\"\ntoken_file = {token:?}")
     }
@@ -498,7 +498,7 @@ fn info_names_the_runtime_and_its_features() {
     assert!(has(&features["hooks"], "createRuntime"));
     assert!(has(&features["linux"]["namespaces"], "pid"));
     assert!(has(&features["linux"]["capabilities"], "CAP_SYS_ADMIN"));
-    assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
+    assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
     assert_eq!(features["linux"]["selinux"]["enabled"], false);
     assert_eq!(features["linux"]["cgroup"]["v2"], true);
 }

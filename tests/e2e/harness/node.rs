@@ -294,6 +294,9 @@ impl Node {
              [debug]\naddress = \"{root}/d.sock\"\nlevel = \"debug\"\n"
         );
         fs::write(self.root.join("containerd.toml"), config).expect("write containerd.toml");
+        // Every user must reach it, which is not so in a source tree below /root.
+        let init = self.setting.bin.join("proxmox-shim-init");
+        fs::copy(&init, self.root.join("proxmox-shim-init")).expect("copy init");
     }
 
     /// The shim's configuration for this node.
@@ -305,7 +308,7 @@ impl Node {
              pmxcfs = \"{}\"\n\n\
              [ct]\nvmid_range = \"{}-{}\"\ntags = [\"containerd\", \"e2e\"]\n\n\
              [paths]\nrun_dir = \"{root}/run\"\nstate_dir = \"{root}/var\"\n\
-             init = \"{}\"\n\n[log]\nlevel = \"debug\"\n",
+             init = \"{root}/proxmox-shim-init\"\n\n[log]\nlevel = \"debug\"\n",
             pve.get("endpoint"),
             pve.node(),
             pve.get("token_file"),
@@ -313,7 +316,6 @@ impl Node {
             pve.get("pmxcfs"),
             self.vmids.0,
             self.vmids.1,
-            self.setting.bin.join("proxmox-shim-init").display(),
         )
     }
 

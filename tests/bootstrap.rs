@@ -57,25 +57,21 @@ impl Host {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn();
-        if let Ok(mut node) = node {
-            let begin = Instant::now();
-            while begin.elapsed() < Duration::from_secs(10) && node.try_wait().unwrap().is_none() {
-                if let Ok(json) = fs::read(&ready) {
-                    let info: serde_json::Value = serde_json::from_slice(&json).unwrap();
-                    self.node = Some(node);
-                    return ["endpoint", "node", "fingerprint", "token_file", "pmxcfs"]
-                        .map(|key| format!("{key} = {}", info[key]))
-                        .join("\n");
-                }
-                sleep(Duration::from_millis(10));
+        let mut node = node.expect("start the simulator: cargo build -p pve-sim");
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(10) && node.try_wait().unwrap().is_none() {
+            if let Ok(json) = fs::read(&ready) {
+                let info: serde_json::Value = serde_json::from_slice(&json).unwrap();
+                self.node = Some(node);
+                return ["endpoint", "node", "fingerprint", "token_file", "pmxcfs"]
+                    .map(|key| format!("{key} = {}", info[key]))
+                    .join("\n");
             }
-            let _ = node.kill();
-            let _ = node.wait();
+            sleep(Duration::from_millis(10));
         }
-        let token = self.path("token");
-        fs::write(&token, "a@pve!shim=00000000-0000-0000-0000-000000000000\n").unwrap();
-        fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
-        format!("endpoint = \"https://127.0.0.1:9\"\nnode = \"pve1\"\ntoken_file = {token:?}")
+        let _ = node.kill();
+        let _ = node.wait();
+        panic!("the simulator does not listen");
     }
 
     fn bundle(&self, id: &str) -> PathBuf {

@@ -23,6 +23,7 @@ if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
 	echo "== init with real LXC, the bootstrap protocol, the client, the simulator and its contract"
+	cargo build --locked -p pve-sim --bins
 	cargo test --locked -p proxmox-shim-init --test ct
 	cargo test --locked -p containerd-shim-proxmox-v2 --test bootstrap --test client
 	cargo test --locked -p pve-sim --tests

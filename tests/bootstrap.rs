@@ -45,7 +45,7 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// The simulated node, if it was built beside the shim, and the configuration for it.
+    /// The simulated node, which was built beside the shim, and the configuration for it.
     fn start_node(&mut self) -> String {
         let program = Path::new(SHIM).with_file_name("pve-sim");
         let root = self.path("node");

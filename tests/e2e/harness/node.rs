@@ -191,6 +191,9 @@ impl Node {
             .filter(|path| !path.exists())
             .collect();
         fs::create_dir_all(&root).expect("create the temporary directory");
+        // Every user must reach it, which is not so in a source tree below /root.
+        let init = setting.bin.join("proxmox-shim-init");
+        fs::copy(&init, root.join("proxmox-shim-init")).expect("copy init");
         let node = Arc::new(Node {
             setting: setting.clone(),
             root,
@@ -294,9 +297,6 @@ impl Node {
              [debug]\naddress = \"{root}/d.sock\"\nlevel = \"debug\"\n"
         );
         fs::write(self.root.join("containerd.toml"), config).expect("write containerd.toml");
-        // Every user must reach it, which is not so in a source tree below /root.
-        let init = self.setting.bin.join("proxmox-shim-init");
-        fs::copy(&init, self.root.join("proxmox-shim-init")).expect("copy init");
     }
 
     /// The shim's configuration for this node.

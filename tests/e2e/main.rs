@@ -38,6 +38,13 @@ fn main() -> ExitCode {
             leave_to_the_signal();
             resume_unwind(panic)
         });
+    // For clients that name no configuration. The real /etc is covered.
+    if shared.has_pve() {
+        let directory = std::path::Path::new("/etc/containerd-shim-proxmox");
+        std::fs::create_dir_all(directory).expect("make the directory of the configuration");
+        std::fs::write(directory.join("config.toml"), shared.shim_config_text())
+            .expect("write the default configuration");
+    }
     let trials = cases
         .into_iter()
         .enumerate()

@@ -44,7 +44,8 @@ pub fn on_termination(then: impl FnOnce(i32) + Send + 'static) {
 pub const SUBORDINATE_IDS: &str = "root:100000:65536\nroot:1000000:1000000\n";
 
 /// Lets LXC use [`SUBORDINATE_IDS`], as a Proxmox node does: with files that only this process and what
-/// it starts see in place of `/etc/subuid` and `/etc/subgid`. The machine's may be empty.
+/// it starts see in place of `/etc/subuid` and `/etc/subgid`. The machine's may be empty. What they write
+/// below `/etc` only they see, too.
 pub fn give_root_subordinate_ids(directory: &Path) {
     let c = |text: &str| CString::new(text).expect("no NUL");
     let check = |rc: i32, what: &str| {
@@ -59,6 +60,23 @@ pub fn give_root_subordinate_ids(directory: &Path) {
         let none = std::ptr::null();
         let slave = libc::MS_REC | libc::MS_SLAVE;
         check(libc::mount(none, c("/").as_ptr(), none, slave, none.cast()), "separate the mounts");
+        let layers = directory.join(format!("e2e-{}-etc", std::process::id()));
+        std::fs::create_dir_all(&layers).expect("make a directory for the layers of /etc");
+        let place = c(layers.to_str().expect("path is UTF-8"));
+        let tmpfs = c("tmpfs");
+        let rc = libc::mount(tmpfs.as_ptr(), place.as_ptr(), tmpfs.as_ptr(), 0, none.cast());
+        check(rc, "mount a tmpfs");
+        for layer in ["upper", "work"] {
+            std::fs::create_dir(layers.join(layer)).expect("make a layer of /etc");
+        }
+        let options =
+            c(&format!("lowerdir=/etc,upperdir={0}/upper,workdir={0}/work", layers.display()));
+        let (overlay, etc) = (c("overlay"), c("/etc"));
+        let options = options.as_ptr().cast();
+        let rc = libc::mount(overlay.as_ptr(), etc.as_ptr(), overlay.as_ptr(), 0, options);
+        check(rc, "mount an overlay at /etc");
+        check(libc::umount2(place.as_ptr(), libc::MNT_DETACH), "hide the layers of /etc");
+        std::fs::remove_dir(&layers).expect("remove the directory of the layers");
         for path in ["/etc/subuid", "/etc/subgid"].iter().filter(|path| Path::new(path).exists()) {
             let flags = libc::MS_BIND;
             let rc = libc::mount(source.as_ptr(), c(path).as_ptr(), none, flags, none.cast());

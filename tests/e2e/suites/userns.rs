@@ -300,7 +300,8 @@ fn exec_enters_the_user_namespace(t: &Test) {
     driver.remove_bundle(&id);
 }
 
-/// `ctr run` of a specification with a user namespace. (`ctr run --uidmap` loses the shim's options.)
+/// `ctr run` of a specification with a user namespace, for which `ctr` replaces the runtime's options by
+/// runc's: the configuration is that of the default path.
 fn ctr_run(t: &Test, id: &str, flags: &[&str], change: impl FnOnce(&mut Value)) -> Command {
     let root = t.file("root");
     if !Path::new(&root).exists() {
@@ -314,7 +315,8 @@ fn ctr_run(t: &Test, id: &str, flags: &[&str], change: impl FnOnce(&mut Value)) 
     let config = t.file(&format!("{id}.json"));
     fs::write(&config, spec.to_string()).expect("write the specification");
     let mut ctr = t.node.ctr_command();
-    ctr.arg("run").args(t.node.runtime_flags()).arg("--fifo-dir").arg(t.node.root.join("fifo"));
+    ctr.args(["run", "--runtime", &t.node.setting.runtime]);
+    ctr.arg("--fifo-dir").arg(t.node.root.join("fifo"));
     ctr.args(flags).args(["--config", &config, id]);
     ctr
 }

@@ -4,7 +4,7 @@
 //! allows, whatever the length of their paths: no page-sized option string, and no change of the
 //! working directory of a server with many tasks.
 //!
-//! Each mount is made detached and attached last. What only other mounts need ([`template`]) is
+//! Each mount is made detached and attached last. What only other mounts need (`template`) is
 //! attached where the host does not see it ([`Workshop`]), so all that has to be removed in the end is
 //! what lies at the rootfs.
 

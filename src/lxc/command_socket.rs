@@ -5,6 +5,8 @@
 //! cgroup2, changes its device program. A container in the node's network namespace could, so it gets a
 //! Landlock domain that ends at its own abstract sockets.
 
+use std::path::Path;
+
 use crate::config::AbstractSockets;
 use crate::oci::plan::{Namespace, Plan};
 
@@ -16,8 +18,19 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 /// should know.
 ///
 /// A container with `CAP_SYS_ADMIN` is left alone, as it has other ways to the node anyway.
-pub fn guard(plan: &mut Plan, wish: AbstractSockets, landlock_abi: u32) -> Option<&'static str> {
-    let shares = plan.namespaces.network == Namespace::Host;
+/// `is_nodes` says whether a path names the node's network namespace: a pod's sandbox may have been
+/// given that one by its path. Blocks.
+pub fn guard(
+    plan: &mut Plan,
+    wish: AbstractSockets,
+    landlock_abi: u32,
+    is_nodes: impl Fn(&Path) -> bool,
+) -> Option<&'static str> {
+    let shares = match &plan.namespaces.network {
+        Namespace::Host => true,
+        Namespace::New => false,
+        Namespace::Path(path) => is_nodes(path),
+    };
     let trusted = plan.process.capabilities.bounding & CAP_SYS_ADMIN != 0;
     if !shares || trusted || wish == AbstractSockets::Shared {
         return None;
@@ -32,7 +45,7 @@ pub fn guard(plan: &mut Plan, wish: AbstractSockets, landlock_abi: u32) -> Optio
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     use crate::oci::{self, Cgroups, Host};
 
@@ -61,12 +74,20 @@ mod tests {
             ("as the administrator says", host(), false, Shared, 6, (false, false)),
             ("privileged", host(), true, Isolated, 6, (false, false)),
             ("own network", Namespace::New, false, Isolated, 6, (false, false)),
+            (
+                "by its path",
+                Namespace::Path(PathBuf::from("/node")),
+                false,
+                Isolated,
+                6,
+                (true, false),
+            ),
             ("another's", Namespace::Path(PathBuf::from("/n")), false, Isolated, 0, (false, false)),
         ] {
             let mut plan = plan();
             plan.namespaces.network = network;
             plan.process.capabilities.bounding = if admin { CAP_SYS_ADMIN } else { 0 };
-            let warning = guard(&mut plan, wish, abi);
+            let warning = guard(&mut plan, wish, abi, |path| path == Path::new("/node"));
             assert_eq!((plan.process.scope_abstract_sockets, warning.is_some()), expected, "{why}");
         }
     }

@@ -295,13 +295,16 @@ impl Building {
             State::Absent if is_member => member::refuse_placeholders(&plan.namespaces)?,
             State::Absent => {}
         }
-        let exposed = lxc::command_socket::guard(
-            &mut plan,
-            self.request.config.ct.abstract_sockets,
-            sys::landlock::abi(),
-        );
-        plan.warnings.extend(exposed.map(str::to_owned));
-        Ok(plan)
+        let wish = self.request.config.ct.abstract_sockets;
+        let is_own = self.env.host.is_own_namespace;
+        blocking(move || {
+            let abi = sys::landlock::abi();
+            let exposed =
+                lxc::command_socket::guard(&mut plan, wish, abi, |path| is_own("net", path));
+            plan.warnings.extend(exposed.map(str::to_owned));
+            Ok(plan)
+        })
+        .await
     }
 
     async fn save(&self) -> Result<()> {

@@ -11,6 +11,9 @@ use super::plan::Pod;
 const IMAGE_NAMES: [&str; 2] =
     ["io.kubernetes.cri.image-name", "io.kubernetes.cri.podsandbox.image-name"];
 
+/// Where nerdctl writes what its user calls a container; the id is a random number there.
+const NAME: &str = "nerdctl/name";
+
 /// What a container is to Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -59,6 +62,11 @@ pub(super) fn image(spec: &Document) -> Result<Option<String>, Error> {
         .cloned())
 }
 
+/// The name that a person gave the container, where that is not its id. For people, too.
+pub(super) fn name(spec: &Document) -> Result<Option<String>, Error> {
+    Ok(read(spec)?.remove(NAME).filter(|name| !name.is_empty()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,6 +78,14 @@ mod tests {
         assert_eq!(image(&named).unwrap().as_deref(), Some("busybox:1"));
         assert_eq!(image(&spec(r#"{"annotations":{"other":"x"}}"#)).unwrap(), None);
         assert_eq!(image(&spec("{}")).unwrap(), None);
+    }
+
+    #[test]
+    fn name_of_nerdctl() {
+        let read = |json: &str| name(&Document::parse(json.as_bytes()).unwrap()).unwrap();
+        assert_eq!(read(r#"{"annotations":{"nerdctl/name":"web"}}"#).as_deref(), Some("web"));
+        assert_eq!(read(r#"{"annotations":{"nerdctl/name":""}}"#), None);
+        assert_eq!(read("{}"), None);
     }
 
     #[test]

@@ -181,6 +181,7 @@ fn translate(
         cgroups_path: cgroup::path(&spec)?,
         seccomp_agent: filter.agent,
         hooks: hooks::read(&spec)?,
+        name: annotations::name(&spec)?,
         image: annotations::image(&spec)?,
         pod: annotations::pod(&spec)?,
         annotations: annotations::read(&spec)?,

@@ -50,6 +50,8 @@ pub struct Plan {
     pub annotations: BTreeMap<String, String>,
     /// The specification's version, for the state JSON.
     pub oci_version: String,
+    /// What a person calls the container, if its id is not that.
+    pub name: Option<String>,
     /// What a person should see of the image in the CT's notes, from containerd's annotations.
     pub image: Option<String>,
     /// Of a container of a Kubernetes pod, what a person should see of that.

@@ -173,10 +173,10 @@ fn rootfs_value(path: &Path) -> Option<&str> {
 pub struct Hostname(String);
 
 impl Hostname {
-    /// A readable name from any container id. Different ids may give the same name: identity is
-    /// never the hostname.
-    pub fn from_container_id(id: &str) -> Hostname {
-        let name = label(id, MAX_LABEL);
+    /// A readable name from any name or id of a container. Different ones may give the same: identity
+    /// is never the hostname.
+    pub fn from_name(name: &str) -> Hostname {
+        let name = label(name, MAX_LABEL);
         Hostname(if name.is_empty() { "container".to_owned() } else { name })
     }
 
@@ -186,7 +186,7 @@ impl Hostname {
         let container = label(container, MAX_LABEL / 2);
         let pod = label(pod, MAX_LABEL - 1 - container.len());
         match (pod.as_str(), container.as_str()) {
-            ("", _) => Hostname::from_container_id(&container),
+            ("", _) => Hostname::from_name(&container),
             (_, "") => Hostname(pod),
             _ => Hostname(format!("{pod}-{container}")),
         }

@@ -31,7 +31,7 @@ pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> Ct
     CtDescription {
         hostname: match pod {
             Some(pod) => Hostname::from_pod(&pod.name, &pod.container),
-            None => Hostname::from_container_id(&identity.container_id),
+            None => Hostname::from_name(plan.name.as_deref().unwrap_or(&identity.container_id)),
         },
         memory_mib: memory(resources.memory_limit).unwrap_or_else(node_memory),
         swap_mib: swap(resources).unwrap_or(0),
@@ -56,6 +56,7 @@ fn about(plan: &Plan) -> Vec<(&'static str, &str)> {
             ("container", &pod.container),
         ]);
     }
+    about.extend(plan.name.as_deref().map(|name| ("name", name)));
     about.extend(plan.image.as_deref().map(|image| ("image", image)));
     about.retain(|(_, value)| !value.is_empty());
     about

@@ -9,7 +9,7 @@ const RANGE: IdRange = IdRange { kind: IdKind::Group, container: 5, host: 100_00
 
 fn shape() -> CtDescription {
     CtDescription {
-        hostname: Hostname::from_container_id("ct500"),
+        hostname: Hostname::from_name("ct500"),
         memory_mib: 512,
         swap_mib: 512,
         cpulimit: None,
@@ -100,9 +100,9 @@ fn hostnames_are_dns_labels_whatever_the_id() {
         (long.as_str(), &"a".repeat(62)),
     ];
     for (id, expected) in cases {
-        assert_eq!(Hostname::from_container_id(id).as_str(), expected, "{id}");
+        assert_eq!(Hostname::from_name(id).as_str(), expected, "{id}");
     }
-    assert_eq!(Hostname::from_container_id(&"f".repeat(64)).as_str().len(), 63);
+    assert_eq!(Hostname::from_name(&"f".repeat(64)).as_str().len(), 63);
 }
 
 #[test]
@@ -189,7 +189,7 @@ proptest! {
         unprivileged: bool,
     ) {
         let ct = CtDescription {
-            hostname: Hostname::from_container_id(&id),
+            hostname: Hostname::from_name(&id),
             memory_mib,
             swap_mib,
             cpulimit: CpuLimit::new(cpus),
@@ -249,7 +249,7 @@ proptest! {
 
     #[test]
     fn hostnames_and_tags_are_always_valid(text in hostile()) {
-        let name = Hostname::from_container_id(&text);
+        let name = Hostname::from_name(&text);
         let name = name.as_str();
         prop_assert!((1..=63).contains(&name.len()));
         prop_assert!(!name.starts_with('-') && !name.ends_with('-'));

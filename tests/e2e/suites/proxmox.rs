@@ -10,6 +10,7 @@ use crate::suites::cases;
 cases!("proxmox":;
     proxmox:
     ct_is_listed_with_name_tags_notes_and_pid,
+    name_that_nerdctl_gave_is_shown,
     configuration_is_conservative,
     stop_in_the_ui_is_status_137,
     shutdown_in_the_ui_sends_the_stop_signal,
@@ -54,6 +55,20 @@ fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
     for part in [id.as_str(), t.node.namespace.as_str()] {
         assert!(notes.contains(part), "{part} is not in the notes: {notes}");
     }
+}
+
+fn name_that_nerdctl_gave_is_shown(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&["--annotation", "nerdctl/name=my_web\nlxc.init.cmd: x"], &id);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    let config = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+    let text = pve.configurations().into_iter().find(|(v, _)| *v == vmid).expect("its file").1;
+    drop(pve);
+    assert_eq!(config["hostname"], "my-web-lxc-init-cmd--x");
+    let notes = config["description"].as_str().unwrap_or_default();
+    assert!(notes.contains("my_web") && notes.contains(&id), "{notes}");
+    assert!(!text.lines().any(|line| line.starts_with("lxc.init.cmd")), "{text}");
 }
 
 fn configuration_is_conservative(t: &Test) {

@@ -18,8 +18,8 @@ OUT := target/release
 
 BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
 RUN_PACKAGES := containerd runc lxc busybox-static e2fsprogs iproute2 curl jq
-# The simulator unpacks templates, a real client in Python drives it; pods get their network by CNI.
-TEST_PACKAGES := zstd xz-utils python3-venv containernetworking-plugins iptables erofs-utils
+# The tests speak gRPC; the simulator unpacks templates, a real client in Python drives it; pods get their network by CNI.
+TEST_PACKAGES := protobuf-compiler zstd xz-utils python3-venv containernetworking-plugins iptables erofs-utils
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 
@@ -49,11 +49,11 @@ test: root deps-run deps-test build ## Unit tests, then the end-to-end suites on
 test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=name runs only some
 	@tests/vm.sh $(E2E)
 
-bench: root deps-run build ## Measure the shim beside containerd-shim-runc-v2, and the API client
+bench: root deps-run deps-test build ## Measure the shim beside containerd-shim-runc-v2, and the API client
 	@E2E_BIN=$(CURDIR)/$(OUT) $(CARGO) bench --locked --bench shims
 	@$(CARGO) bench --locked --bench client
 
-lint: deps-build ## Formatting, lints, documentation, licences, scripts, manual pages
+lint: deps-build deps-test ## Formatting, lints, documentation, licences, scripts, manual pages
 	@tests/lint.sh
 
 install: ## Install to $(DESTDIR)$(PREFIX); run `make build` before

@@ -1,20 +1,30 @@
 //! containerd's CRI plugin and a client of it, in place of the kubelet.
-//!
-//! Source of the field numbers: Kubernetes' `cri-api/pkg/apis/runtime/v1/api.proto`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use super::grpc::{Failure, Message, find, number_in, strings_in};
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Response, Status as GrpcStatus};
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::{
+    AttachRequest, Capability, ContainerConfig, ContainerMetadata, ContainerState,
+    ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CpuUsage,
+    CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec, Int64Value,
+    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, MemoryUsage, Mount,
+    MountPropagation, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, PortForwardRequest,
+    PortMapping, RemoveContainerRequest, RemovePodSandboxRequest, ReopenContainerLogRequest,
+    RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
+};
+use prost::Message as _;
+
+use super::grpc::{self, Failure, RuntimeOptions};
 use super::image::{IMAGE, PAUSE_IMAGE};
 use super::node::Node;
-
-/// Namespace modes.
-pub const POD: u64 = 0;
-pub const CONTAINER: u64 = 1;
-pub const NODE: u64 = 2;
-pub const TARGET: u64 = 3;
 
 /// The configuration of a containerd that serves CRI: the shipped file, and what belongs to this node.
 pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
@@ -87,12 +97,14 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
 fn write_wrapper(node: &Node) {
     let directory = node.root.join("bin");
     fs::create_dir_all(&directory).expect("create a directory");
-    let config = node.shim_config().display().to_string();
-    let options = Message::new()
-        .bytes(1, "runtimeoptions.v1.Options")
-        .bytes(2, Message::new().bytes(2, config).encode());
+    let config_path = node.shim_config().display().to_string();
+    let options = RuntimeOptions { config_path, ..RuntimeOptions::default() };
+    let options = prost_types::Any {
+        type_url: "runtimeoptions.v1.Options".to_owned(),
+        value: options.encode_to_vec(),
+    };
     let file = directory.join("options.pb");
-    fs::write(&file, options.encode()).expect("write the options");
+    fs::write(&file, options.encode_to_vec()).expect("write the options");
     let shim = node.setting.shim_binary(&node.setting.runtime);
     let script = format!(
         "#!/bin/sh\nfor last; do :; done\ntest \"$last\" = start && exec {shim} \"$@\" < {file}\n\
@@ -141,17 +153,14 @@ fn subnet(node: &Node) -> String {
     format!("10.{}.{}.0/24", 64 + number / 256 % 64, number % 256)
 }
 
-/// A client of one node.
-pub struct Cri<'a> {
-    pub node: &'a Node,
-}
-
 /// What a pod is made of; the rest is as the kubelet has it by default.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Pod {
     pub name: String,
-    pub namespaces: [u64; 3],
-    pub host_port: Option<(u64, u64)>,
+    /// Of network, pid and ipc.
+    pub namespaces: [NamespaceMode; 3],
+    /// `(container's, host's)`.
+    pub host_port: Option<(i32, i32)>,
     pub sysctls: Vec<(&'static str, &'static str)>,
     pub privileged: bool,
     pub annotations: Vec<(String, String)>,
@@ -166,10 +175,13 @@ impl Pod {
         fs::create_dir_all(&logs).expect("create the pod's log directory");
         Pod {
             name: name.to_owned(),
-            namespaces: [POD, CONTAINER, POD],
+            namespaces: [NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod],
+            host_port: None,
+            sysctls: Vec::new(),
+            privileged: false,
+            annotations: Vec::new(),
             cgroup: format!("/{}/{name}", node.tag),
             logs: logs.display().to_string(),
-            ..Pod::default()
         }
     }
 
@@ -178,40 +190,65 @@ impl Pod {
     }
 
     fn is_on_host_network(&self) -> bool {
-        self.namespaces[0] == NODE
+        self.namespaces[0] == NamespaceMode::Node
     }
 
-    fn options(&self) -> Message {
-        let [network, pid, ipc] = self.namespaces;
-        Message::new().number(1, network).number(2, pid).number(3, ipc)
+    fn namespace_options(&self) -> NamespaceOption {
+        let [network, pid, ipc] = self.namespaces.map(i32::from);
+        NamespaceOption { network, pid, ipc, ..NamespaceOption::default() }
     }
 
-    fn config(&self) -> Message {
-        let metadata = Message::new()
-            .bytes(1, &self.name)
-            .bytes(2, format!("uid-{}", self.name))
-            .bytes(3, "shop")
-            .number(4, 0);
-        let mut security = Message::new().message(1, &self.options());
-        if self.privileged {
-            security = security.number(6, 1);
+    fn config(&self) -> PodSandboxConfig {
+        let owned = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+        let port = |(container_port, host_port)| PortMapping {
+            container_port,
+            host_port,
+            ..PortMapping::default()
+        };
+        PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: self.name.clone(),
+                uid: format!("uid-{}", self.name),
+                namespace: "shop".to_owned(),
+                attempt: 0,
+            }),
+            hostname: if self.is_on_host_network() { String::new() } else { self.name.clone() },
+            log_directory: self.logs.clone(),
+            port_mappings: self.host_port.into_iter().map(port).collect(),
+            annotations: self.annotations.iter().cloned().collect(),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup.clone(),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(self.namespace_options()),
+                    privileged: self.privileged,
+                    ..LinuxSandboxSecurityContext::default()
+                }),
+                sysctls: self.sysctls.iter().copied().map(owned).collect(),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
         }
-        let mut linux = Message::new().bytes(1, &self.cgroup).message(2, &security);
-        for (key, value) in &self.sysctls {
-            linux = linux.message(3, &pair(key, value));
+    }
+}
+
+/// A directory or file of the node in a container.
+#[derive(Clone)]
+pub struct Volume {
+    pub container_path: &'static str,
+    pub host_path: String,
+    pub read_only: bool,
+    pub propagation: MountPropagation,
+}
+
+impl Volume {
+    /// Writable, and with private propagation.
+    pub fn new(container_path: &'static str, host_path: &str) -> Volume {
+        Volume {
+            container_path,
+            host_path: host_path.to_owned(),
+            read_only: false,
+            propagation: MountPropagation::PropagationPrivate,
         }
-        let mut config = Message::new().message(1, &metadata).bytes(3, &self.logs);
-        if !self.is_on_host_network() {
-            config = config.bytes(2, &self.name);
-        }
-        if let Some((container, host)) = self.host_port {
-            let port = Message::new().number(2, container).number(3, host);
-            config = config.message(5, &port);
-        }
-        for (key, value) in &self.annotations {
-            config = config.message(7, &pair(key, value));
-        }
-        config.message(8, &linux)
     }
 }
 
@@ -220,15 +257,14 @@ impl Pod {
 pub struct Container {
     pub name: String,
     pub command: Vec<String>,
-    /// `(container path, host path, read-only, propagation)`.
-    pub mounts: Vec<(String, String, bool, u64)>,
+    pub mounts: Vec<Volume>,
     pub tty: bool,
     pub stdin: bool,
     pub stdin_once: bool,
-    pub memory: Option<u64>,
-    pub cpu_quota: Option<u64>,
-    pub user: Option<(u64, u64)>,
-    pub groups: Vec<u64>,
+    pub memory: Option<i64>,
+    pub cpu_quota: Option<i64>,
+    pub user: Option<(i64, i64)>,
+    pub groups: Vec<i64>,
     pub privileged: bool,
     pub read_only: bool,
     pub no_new_privileges: bool,
@@ -242,11 +278,7 @@ pub struct Container {
 
 impl Container {
     pub fn new(name: &str, command: &[&str]) -> Container {
-        Container {
-            name: name.to_owned(),
-            command: command.iter().map(|word| (*word).to_owned()).collect(),
-            ..Container::default()
-        }
+        Container { name: name.to_owned(), command: words(command), ..Container::default() }
     }
 
     /// A container that only sleeps and dies at once of SIGTERM.
@@ -255,78 +287,81 @@ impl Container {
         Container::new(name, &["sh", "-c", script])
     }
 
-    fn resources(&self) -> Message {
-        let mut resources = Message::new();
-        if let Some(quota) = self.cpu_quota {
-            resources = resources.number(1, 100_000).number(2, quota);
+    fn resources(&self) -> LinuxContainerResources {
+        LinuxContainerResources {
+            cpu_period: self.cpu_quota.map_or(0, |_| 100_000),
+            cpu_quota: self.cpu_quota.unwrap_or_default(),
+            memory_limit_in_bytes: self.memory.unwrap_or_default(),
+            ..LinuxContainerResources::default()
         }
-        if let Some(memory) = self.memory {
-            resources = resources.number(4, memory);
-        }
-        resources
     }
 
-    fn config(&self, pod: &Pod) -> Message {
-        let metadata = Message::new().bytes(1, &self.name);
-        let mut config =
-            Message::new().message(1, &metadata).message(2, &Message::new().bytes(1, IMAGE));
-        for word in &self.command {
-            config = config.bytes(3, word);
+    fn security(&self, pod: &Pod) -> LinuxContainerSecurityContext {
+        let mut options = pod.namespace_options();
+        if let Some(target) = &self.target {
+            options.pid = NamespaceMode::Target.into();
+            options.target_id.clone_from(target);
         }
-        for (container, host, read_only, propagation) in &self.mounts {
-            let mount = Message::new()
-                .bytes(1, container)
-                .bytes(2, host)
-                .number(3, u64::from(*read_only))
-                .number(5, *propagation);
-            config = config.message(7, &mount);
+        let unless_privileged =
+            |paths: &[&str]| if self.privileged { Vec::new() } else { words(paths) };
+        let profile =
+            if self.seccomp { ProfileType::RuntimeDefault } else { ProfileType::Unconfined };
+        LinuxContainerSecurityContext {
+            capabilities: Some(Capability {
+                add_capabilities: words(&self.added),
+                drop_capabilities: words(&self.dropped),
+                ..Capability::default()
+            }),
+            privileged: self.privileged,
+            namespace_options: Some(options),
+            run_as_user: self.user.map(|(uid, _)| Int64Value { value: uid }),
+            run_as_group: self.user.map(|(_, gid)| Int64Value { value: gid }),
+            readonly_rootfs: self.read_only,
+            supplemental_groups: self.groups.clone(),
+            no_new_privs: self.no_new_privileges,
+            masked_paths: unless_privileged(&["/proc/kcore", "/proc/keys"]),
+            readonly_paths: unless_privileged(&["/proc/sys", "/proc/bus"]),
+            seccomp: Some(SecurityProfile {
+                profile_type: profile.into(),
+                ..SecurityProfile::default()
+            }),
+            ..LinuxContainerSecurityContext::default()
         }
-        config = config.bytes(11, self.log());
-        for (field, set) in [(12, self.stdin), (13, self.stdin_once), (14, self.tty)] {
-            config = config.number(field, u64::from(set));
-        }
-        let [network, pid, ipc] = pod.namespaces;
-        let mut options = Message::new().number(1, network);
-        options = match &self.target {
-            Some(target) => options.number(2, TARGET).number(3, ipc).bytes(4, target),
-            None => options.number(2, pid).number(3, ipc),
+    }
+
+    fn config(&self, pod: &Pod) -> ContainerConfig {
+        let mount = |volume: &Volume| Mount {
+            container_path: volume.container_path.to_owned(),
+            host_path: volume.host_path.clone(),
+            readonly: volume.read_only,
+            propagation: volume.propagation.into(),
+            ..Mount::default()
         };
-        let mut capabilities = Message::new();
-        for name in &self.added {
-            capabilities = capabilities.bytes(1, name);
+        ContainerConfig {
+            metadata: Some(ContainerMetadata { name: self.name.clone(), attempt: 0 }),
+            image: Some(ImageSpec { image: IMAGE.to_owned(), ..ImageSpec::default() }),
+            command: self.command.clone(),
+            mounts: self.mounts.iter().map(mount).collect(),
+            log_path: self.log(),
+            stdin: self.stdin,
+            stdin_once: self.stdin_once,
+            tty: self.tty,
+            linux: Some(LinuxContainerConfig {
+                resources: Some(self.resources()),
+                security_context: Some(self.security(pod)),
+            }),
+            ..ContainerConfig::default()
         }
-        for name in &self.dropped {
-            capabilities = capabilities.bytes(2, name);
-        }
-        let mut security = Message::new()
-            .message(1, &capabilities)
-            .number(2, u64::from(self.privileged))
-            .message(3, &options)
-            .number(7, u64::from(self.read_only))
-            .number(11, u64::from(self.no_new_privileges));
-        if let Some((uid, gid)) = self.user {
-            security = security
-                .message(5, &Message::new().number(1, uid))
-                .message(12, &Message::new().number(1, gid));
-        }
-        for group in &self.groups {
-            security = security.number(8, *group);
-        }
-        // 0 is RuntimeDefault, 1 Unconfined.
-        security = security.message(15, &Message::new().number(1, u64::from(!self.seccomp)));
-        for path in ["/proc/kcore", "/proc/keys"].iter().filter(|_| !self.privileged) {
-            security = security.bytes(13, path);
-        }
-        for path in ["/proc/sys", "/proc/bus"].iter().filter(|_| !self.privileged) {
-            security = security.bytes(14, path);
-        }
-        config.message(15, &Message::new().message(1, &self.resources()).message(2, &security))
     }
 
     /// The log's name in the pod's directory.
     pub fn log(&self) -> String {
         format!("{}.log", self.name)
     }
+}
+
+pub fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
 }
 
 /// A file of `shim-config/`.
@@ -342,41 +377,53 @@ fn handler() -> String {
     handler.expect("a RuntimeClass has a handler").to_owned()
 }
 
-fn pair(key: &str, value: &str) -> Message {
-    Message::new().bytes(1, key).bytes(2, value)
-}
-
-/// What ContainerStatus says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Status {
-    /// 0 created, 1 running, 2 exited, 3 unknown.
-    pub state: u64,
-    pub exit_code: u64,
-    pub reason: String,
-    pub message: String,
-}
-
 /// The result of ExecSync.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Executed {
     pub stdout: String,
     pub stderr: String,
-    pub status: u64,
+    pub status: i32,
+}
+
+/// A service that CRI names by a URL, over a WebSocket.
+pub enum Stream {
+    Exec(ExecRequest),
+    Attach(AttachRequest),
+    PortForward(PortForwardRequest),
+}
+
+/// A client of one node.
+pub struct Cri<'a> {
+    pub node: &'a Node,
 }
 
 impl Cri<'_> {
-    pub fn call(&self, method: &str, message: &Message) -> Result<Vec<u8>, Failure> {
-        self.node.grpc(&format!("runtime.v1.RuntimeService/{method}"), message)
+    fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, GrpcStatus>,
+    ) -> Result<T, Failure> {
+        let socket = self.node.socket();
+        grpc::call(&socket, async |channel| call(RuntimeServiceClient::new(channel)).await)
     }
 
     #[track_caller]
-    fn ok(&self, method: &str, message: &Message) -> Vec<u8> {
-        self.call(method, message).unwrap_or_else(|failure| panic!("{method}: {failure:?}"))
+    fn ok<T>(
+        &self,
+        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, GrpcStatus>,
+    ) -> T {
+        self.call(call).unwrap_or_else(|failure| panic!("{failure:?}"))
+    }
+
+    /// Whether CRI answers.
+    pub fn is_up(&self) -> bool {
+        self.call(async |mut cri| cri.version(VersionRequest::default()).await).is_ok()
     }
 
     pub fn try_run_pod(&self, pod: &Pod) -> Result<String, Failure> {
-        let request = Message::new().message(1, &pod.config()).bytes(2, handler());
-        self.call("RunPodSandbox", &request).map(|reply| text(&reply, 1))
+        let request =
+            RunPodSandboxRequest { config: Some(pod.config()), runtime_handler: handler() };
+        let reply = self.call(async |mut cri| cri.run_pod_sandbox(request).await);
+        reply.map(|reply| reply.pod_sandbox_id)
     }
 
     #[track_caller]
@@ -390,11 +437,13 @@ impl Cri<'_> {
         pod: &Pod,
         container: &Container,
     ) -> Result<String, Failure> {
-        let request = Message::new()
-            .bytes(1, id)
-            .message(2, &container.config(pod))
-            .message(3, &pod.config());
-        self.call("CreateContainer", &request).map(|reply| text(&reply, 1))
+        let request = CreateContainerRequest {
+            pod_sandbox_id: id.to_owned(),
+            config: Some(container.config(pod)),
+            sandbox_config: Some(pod.config()),
+        };
+        let reply = self.call(async |mut cri| cri.create_container(request).await);
+        reply.map(|reply| reply.container_id)
     }
 
     /// Creates and starts a container.
@@ -402,61 +451,73 @@ impl Cri<'_> {
     pub fn run(&self, id: &str, pod: &Pod, container: &Container) -> String {
         let created = self.try_create(id, pod, container);
         let created = created.unwrap_or_else(|failure| panic!("CreateContainer: {failure:?}"));
-        self.start(&created);
+        let started = self.try_start(&created);
+        started.unwrap_or_else(|failure| panic!("StartContainer: {failure:?}"));
         created
     }
 
-    #[track_caller]
-    pub fn start(&self, id: &str) {
-        self.ok("StartContainer", &Message::new().bytes(1, id));
+    pub fn try_start(&self, id: &str) -> Result<(), Failure> {
+        let request = StartContainerRequest { container_id: id.to_owned() };
+        self.call(async |mut cri| cri.start_container(request).await).map(|_| ())
     }
 
     #[track_caller]
-    pub fn stop(&self, id: &str, seconds: u64) {
-        self.ok("StopContainer", &Message::new().bytes(1, id).number(2, seconds));
+    pub fn stop(&self, id: &str, seconds: i64) {
+        let request = StopContainerRequest { container_id: id.to_owned(), timeout: seconds };
+        self.ok(async |mut cri| cri.stop_container(request).await);
     }
 
     #[track_caller]
     pub fn remove(&self, id: &str) {
-        self.ok("RemoveContainer", &Message::new().bytes(1, id));
+        let request = RemoveContainerRequest { container_id: id.to_owned() };
+        self.ok(async |mut cri| cri.remove_container(request).await);
     }
 
     #[track_caller]
     pub fn stop_pod(&self, id: &str) {
-        self.ok("StopPodSandbox", &Message::new().bytes(1, id));
+        let request = StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        self.ok(async |mut cri| cri.stop_pod_sandbox(request).await);
     }
 
     #[track_caller]
     pub fn remove_pod(&self, id: &str) {
         self.stop_pod(id);
-        self.ok("RemovePodSandbox", &Message::new().bytes(1, id));
+        let request = RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        self.ok(async |mut cri| cri.remove_pod_sandbox(request).await);
     }
 
     /// The ids of all pods.
     pub fn pods(&self) -> Vec<String> {
-        let reply = self.ok("ListPodSandbox", &Message::new());
-        strings_in(&reply, 1).iter().map(|pod| text(pod, 1)).collect()
+        let all = ListPodSandboxRequest::default();
+        let reply = self.ok(async |mut cri| cri.list_pod_sandbox(all).await);
+        reply.items.into_iter().map(|pod| pod.id).collect()
     }
 
     #[track_caller]
-    pub fn status(&self, id: &str) -> Status {
-        let reply = self.ok("ContainerStatus", &Message::new().bytes(1, id));
-        let status = find(&reply, &[1]).expect("a status");
-        Status {
-            state: number_in(&status, 3).unwrap_or(0),
-            exit_code: number_in(&status, 7).unwrap_or(0),
-            reason: text(&status, 10),
-            message: text(&status, 11),
-        }
+    pub fn status(&self, id: &str) -> ContainerStatus {
+        let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
+        let reply = self.ok(async |mut cri| cri.container_status(request).await);
+        reply.status.expect("a status")
     }
 
-    /// 0 ready, 1 not ready; and the address.
     #[track_caller]
-    pub fn pod_status(&self, id: &str) -> (u64, String) {
-        let reply = self.ok("PodSandboxStatus", &Message::new().bytes(1, id));
-        let state = find(&reply, &[1]).and_then(|status| number_in(&status, 3)).unwrap_or(0);
-        let address = find(&reply, &[1, 5, 1]).unwrap_or_default();
-        (state, String::from_utf8_lossy(&address).into_owned())
+    pub fn has_exited(&self, id: &str) -> bool {
+        self.status(id).state() == ContainerState::ContainerExited
+    }
+
+    #[track_caller]
+    pub fn is_running(&self, id: &str) -> bool {
+        self.status(id).state() == ContainerState::ContainerRunning
+    }
+
+    /// Whether the pod is ready, and its address.
+    #[track_caller]
+    pub fn pod_status(&self, id: &str) -> (bool, String) {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
+        let reply = self.ok(async |mut cri| cri.pod_sandbox_status(request).await);
+        let status = reply.status.expect("a status");
+        let ready = status.state() == PodSandboxState::SandboxReady;
+        (ready, status.network.map(|network| network.ip).unwrap_or_default())
     }
 
     /// The host's pid of a container or pod sandbox.
@@ -469,15 +530,14 @@ impl Cri<'_> {
             .unwrap_or_else(|| panic!("{id} has no task: {list}"))
     }
 
-    pub fn try_exec(&self, id: &str, command: &[&str], seconds: u64) -> Result<Executed, Failure> {
-        let mut request = Message::new().bytes(1, id);
-        for word in command {
-            request = request.bytes(2, word);
-        }
-        self.call("ExecSync", &request.number(3, seconds)).map(|reply| Executed {
-            stdout: text(&reply, 1),
-            stderr: text(&reply, 2),
-            status: number_in(&reply, 3).unwrap_or(0),
+    pub fn try_exec(&self, id: &str, command: &[&str], seconds: i64) -> Result<Executed, Failure> {
+        let request =
+            ExecSyncRequest { container_id: id.to_owned(), cmd: words(command), timeout: seconds };
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        self.call(async |mut cri| cri.exec_sync(request).await).map(|reply| Executed {
+            stdout: text(reply.stdout),
+            stderr: text(reply.stderr),
+            status: reply.exit_code,
         })
     }
 
@@ -497,45 +557,54 @@ impl Cri<'_> {
 
     #[track_caller]
     pub fn update(&self, id: &str, resources: &Container) {
-        self.ok(
-            "UpdateContainerResources",
-            &Message::new().bytes(1, id).message(2, &resources.resources()),
-        );
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(resources.resources()),
+            ..UpdateContainerResourcesRequest::default()
+        };
+        self.ok(async |mut cri| cri.update_container_resources(request).await);
     }
 
     #[track_caller]
     pub fn reopen_log(&self, id: &str) {
-        self.ok("ReopenContainerLog", &Message::new().bytes(1, id));
+        let request = ReopenContainerLogRequest { container_id: id.to_owned() };
+        self.ok(async |mut cri| cri.reopen_container_log(request).await);
     }
 
     /// Nanoseconds of CPU time, and bytes of the working set.
     #[track_caller]
     pub fn stats(&self, id: &str) -> (u64, u64) {
-        figures(&self.ok("ContainerStats", &Message::new().bytes(1, id)), &[1])
+        let request = ContainerStatsRequest { container_id: id.to_owned() };
+        let reply = self.ok(async |mut cri| cri.container_stats(request).await);
+        let stats = reply.stats.expect("figures");
+        figures(stats.cpu, stats.memory)
     }
 
     /// The same of a pod.
     #[track_caller]
     pub fn pod_stats(&self, id: &str) -> (u64, u64) {
-        let reply = self.ok("PodSandboxStats", &Message::new().bytes(1, id));
-        let linux = find(&reply, &[1, 2]).expect("figures of Linux");
-        let value = |path: &[u64]| find(&linux, path).and_then(|value| number_in(&value, 1));
-        (value(&[1, 2]).unwrap_or(0), value(&[2, 2]).unwrap_or(0))
+        let request = PodSandboxStatsRequest { pod_sandbox_id: id.to_owned() };
+        let reply = self.ok(async |mut cri| cri.pod_sandbox_stats(request).await);
+        let linux = reply.stats.and_then(|stats| stats.linux).expect("figures of Linux");
+        figures(linux.cpu, linux.memory)
     }
 
     /// The URL of a stream.
     #[track_caller]
-    pub fn stream(&self, method: &str, request: &Message) -> String {
-        text(&self.ok(method, request), 1)
+    pub fn stream(&self, stream: Stream) -> String {
+        self.ok(async |mut cri| {
+            let url = match stream {
+                Stream::Exec(request) => cri.exec(request).await?.into_inner().url,
+                Stream::Attach(request) => cri.attach(request).await?.into_inner().url,
+                Stream::PortForward(request) => cri.port_forward(request).await?.into_inner().url,
+            };
+            Ok(Response::new(url))
+        })
     }
 }
 
-fn figures(reply: &[u8], path: &[u64]) -> (u64, u64) {
-    let stats = find(reply, path).expect("figures");
-    let value = |path: &[u64]| find(&stats, path).and_then(|value| number_in(&value, 1));
-    (value(&[2, 2]).unwrap_or(0), value(&[3, 2]).unwrap_or(0))
-}
-
-fn text(message: &[u8], field: u64) -> String {
-    String::from_utf8_lossy(&find(message, &[field]).unwrap_or_default()).into_owned()
+fn figures(cpu: Option<CpuUsage>, memory: Option<MemoryUsage>) -> (u64, u64) {
+    let time = cpu.and_then(|cpu| cpu.usage_core_nano_seconds);
+    let used = memory.and_then(|memory| memory.working_set_bytes);
+    (time.map_or(0, |time| time.value), used.map_or(0, |used| used.value))
 }

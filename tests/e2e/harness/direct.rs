@@ -20,9 +20,10 @@ use containerd_shim_protos::ttrpc::{self, Client, Request, Response};
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::{Value, json};
 
+use super::grpc::{RuncOptions, RuntimeOptions};
 use super::node::Node;
 use super::process::{self, Running, eventually};
-use super::{grpc, sys};
+use super::sys;
 
 /// One forwarded event.
 #[derive(Debug, Clone)]
@@ -216,11 +217,12 @@ impl<'a> Driver<'a> {
         if self.runtime.contains("runc") {
             any.type_url = "containerd.runc.v1.Options".to_owned();
             let root = self.node.root.join("runc").display().to_string();
-            any.value = grpc::Message::new().bytes(7, root).encode().to_vec();
+            any.value = prost::Message::encode_to_vec(&RuncOptions { root });
         } else {
             any.type_url = "runtimeoptions.v1.Options".to_owned();
-            let path = self.node.shim_config().display().to_string();
-            any.value = grpc::Message::new().bytes(2, path).encode().to_vec();
+            let config_path = self.node.shim_config().display().to_string();
+            let options = RuntimeOptions { config_path, ..RuntimeOptions::default() };
+            any.value = prost::Message::encode_to_vec(&options);
         }
         any
     }

@@ -15,6 +15,11 @@ use super::process::{self, Output, Running};
 use super::pve::Pve;
 use super::{grpc, sys};
 
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Request, Response, Status};
+use containerd_client::with_namespace;
+
 /// What the environment chooses.
 #[derive(Debug, Clone)]
 pub struct Setting {
@@ -423,9 +428,14 @@ impl Node {
         flags
     }
 
-    /// One call of containerd's API.
-    pub fn grpc(&self, method: &str, message: &grpc::Message) -> Result<Vec<u8>, grpc::Failure> {
-        grpc::call(&self.socket(), &self.namespace, method, message)
+    /// One call of containerd's Tasks service.
+    pub fn tasks<M, T>(
+        &self,
+        message: M,
+        call: impl AsyncFnOnce(TasksClient<Channel>, Request<M>) -> Result<Response<T>, Status>,
+    ) -> Result<T, grpc::Failure> {
+        let request = with_namespace!(message, self.namespace);
+        grpc::call(&self.socket(), async |channel| call(TasksClient::new(channel), request).await)
     }
 
     /// The pids of shims of this node; `id` narrows to one container.

@@ -7,8 +7,9 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use crate::harness::cri::{Container, Cri, NODE, POD, Pod};
-use crate::harness::grpc::Message;
+use k8s_cri::v1::{AttachRequest, ExecRequest, NamespaceMode, PortForwardRequest};
+
+use crate::harness::cri::{Container, Cri, Pod, Stream, Volume, words};
 use crate::harness::node::{Node, Options};
 use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
@@ -102,15 +103,15 @@ fn a_pod_runs_and_goes(t: &Test) {
     pod.host_port = Some((8080, 18080));
     pod.sysctls = vec![("kernel.shm_rmid_forced", "1")];
     let id = cri.run_pod(&pod);
-    let (state, address) = cri.pod_status(&id);
-    assert_eq!(state, 0, "ready");
+    let (ready, address) = cri.pod_status(&id);
+    assert!(ready, "not ready");
     assert!(address.starts_with("10."), "{address}");
     assert_eq!(t.node.pve().vmid_of(&id), None, "the sandbox is no CT");
 
     // An init container runs to its end first.
     let init = cri.run(&id, &pod, &Container::new("init", &["sh", "-c", "echo done; exit 0"]));
     eventually("the init container has ended", Duration::from_secs(20), || {
-        (cri.status(&init).state == 2).then_some(())
+        cri.has_exited(&init).then_some(())
     });
     let status = cri.status(&init);
     assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
@@ -119,7 +120,7 @@ fn a_pod_runs_and_goes(t: &Test) {
     let server = cri.run(&id, &pod, &Container::new("server", &["sh", "-c", server]));
     let client = cri.run(&id, &pod, &Container::idle("client"));
     for container in [&server, &client] {
-        assert_eq!(cri.status(container).state, 1, "running");
+        assert!(cri.is_running(container));
         assert_eq!(cri.output(container, "hostname"), "web-0");
         assert_eq!(cri.output(container, "cat /proc/sys/kernel/shm_rmid_forced"), "1");
         assert!(cri.output(container, "cat /etc/hosts /etc/resolv.conf; ls /dev/shm").len() < 4096);
@@ -150,15 +151,13 @@ fn a_pod_runs_and_goes(t: &Test) {
 
     // A container that fails and its successor, in the same pod.
     let failed = cri.run(&id, &pod, &Container::new("fails", &["sh", "-c", "exit 3"]));
-    eventually("it has failed", Duration::from_secs(20), || {
-        (cri.status(&failed).state == 2).then_some(())
-    });
+    eventually("it has failed", Duration::from_secs(20), || cri.has_exited(&failed).then_some(()));
     let status = cri.status(&failed);
     assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
     cri.remove(&failed);
     let created = cri.try_create(&id, &pod, &Container::new("missing", &["/nonexistent"]));
     let missing = created.expect("it is found out at the start");
-    let failure = cri.call("StartContainer", &Message::new().bytes(1, &missing));
+    let failure = cri.try_start(&missing);
     let message = failure.expect_err("there is no such program").message;
     assert!(message.contains("/nonexistent"), "{message}");
     assert_eq!(cri.output(&client, "echo untouched"), "untouched");
@@ -167,7 +166,7 @@ fn a_pod_runs_and_goes(t: &Test) {
     assert_eq!(cri.status(&client).exit_code, 0, "SIGTERM came first");
     cri.stop(&server, 1);
     cri.stop_pod(&id);
-    assert_eq!(cri.pod_status(&id).0, 1, "not ready");
+    assert!(!cri.pod_status(&id).0, "it is stopped");
     cri.stop_pod(&id);
     finish(&cri);
 }
@@ -189,22 +188,22 @@ fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
     let missing = cri.try_exec(&idle, &["/nonexistent"], 5).expect_err("there is no such program");
     assert!(missing.message.contains("/nonexistent"), "{missing:?}");
 
-    let request = |command: &[&str]| {
-        let mut request = Message::new().bytes(1, &idle);
-        for word in command {
-            request = request.bytes(2, word);
-        }
-        request
+    let request = |script: &str| ExecRequest {
+        container_id: idle.clone(),
+        cmd: words(&["sh", "-c", script]),
+        stdin: true,
+        stdout: true,
+        ..ExecRequest::default()
     };
-    let stream = request(&["sh", "-c", "read line; echo got $line; exit 6"]);
-    let url = cri.stream("Exec", &stream.number(4, 1).number(5, 1).number(6, 1));
+    let script = "read line; echo got $line; exit 6";
+    let url = cri.stream(Stream::Exec(ExecRequest { stderr: true, ..request(script) }));
     let mut channels = Channels::open(&url);
     channels.send(STDIN, b"ping\n");
     channels.read_until(|received| received.contains_key(&ERROR));
     assert_eq!(channels.text(STDOUT), "got ping\n");
     assert!(channels.text(ERROR).contains("\"message\":\"6\""), "{}", channels.text(ERROR));
-    let stream = request(&["sh", "-c", "tty; stty size"]);
-    let url = cri.stream("Exec", &stream.number(3, 1).number(4, 1).number(5, 1));
+    let terminal = ExecRequest { tty: true, ..request("tty; stty size") };
+    let url = cri.stream(Stream::Exec(terminal));
     let mut channels = Channels::open(&url);
     channels.read_until(|received| received.contains_key(&ERROR));
     assert!(channels.text(STDOUT).starts_with("/dev/pts/"), "{}", channels.text(STDOUT));
@@ -213,8 +212,14 @@ fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
     let mut container = Container::new("attached", &["sh", "-c", script]);
     (container.stdin, container.stdin_once) = (true, true);
     let attached = cri.run(&id, &pod, &container);
-    let request = Message::new().bytes(1, &attached).number(2, 1).number(4, 1).number(5, 1);
-    let mut channels = Channels::open(&cri.stream("Attach", &request));
+    let request = AttachRequest {
+        container_id: attached.clone(),
+        stdin: true,
+        stdout: true,
+        stderr: true,
+        tty: false,
+    };
+    let mut channels = Channels::open(&cri.stream(Stream::Attach(request)));
     channels.send(STDIN, b"one\n");
     let has = |text: &'static str| {
         move |received: &std::collections::BTreeMap<u8, Vec<u8>>| {
@@ -225,7 +230,7 @@ fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
     assert!(channels.text(STDOUT).contains("read one\n"), "{}", channels.text(STDOUT));
     drop(channels);
     eventually("stdin's end is the end of it", Duration::from_secs(20), || {
-        (cri.status(&attached).state == 2).then_some(())
+        cri.has_exited(&attached).then_some(())
     });
     assert_eq!(cri.status(&attached).exit_code, 0);
 
@@ -235,7 +240,8 @@ fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
         &idle,
         "for i in 1 2 3 4 5 6 7 8 9; do nc -z 127.0.0.1 7070 && break; sleep 0.2; done",
     );
-    let url = cri.stream("PortForward", &Message::new().bytes(1, &id).number(2, 7070));
+    let request = PortForwardRequest { pod_sandbox_id: id.clone(), port: vec![7070] };
+    let url = cri.stream(Stream::PortForward(request));
     let mut channels = Channels::open(&format!("{url}?port=7070"));
     // Channel 0 carries the data of the first port, after the port's number.
     channels.send(0, b"through the pod");
@@ -259,7 +265,7 @@ fn logs_are_written_and_rotated(t: &Test) {
                   sleep 0.05; done";
     let mut container = Container::new("writer", &["sh", "-c", script]);
     let path = termination.display().to_string();
-    container.mounts.push(("/dev/termination-log".to_owned(), path, false, 0));
+    container.mounts.push(Volume::new("/dev/termination-log", &path));
     let writer = cri.run(&id, &pod, &container);
     let log = std::path::Path::new(pod.logs()).join(container.log());
     let wait_for = |text: &str| {
@@ -274,9 +280,7 @@ fn logs_are_written_and_rotated(t: &Test) {
     cri.reopen_log(&writer);
     let second = wait_for(" stdout F line ");
     cri.output(&writer, "touch /tmp/stop");
-    eventually("it has ended", Duration::from_secs(20), || {
-        (cri.status(&writer).state == 2).then_some(())
-    });
+    eventually("it has ended", Duration::from_secs(20), || cri.has_exited(&writer).then_some(()));
     assert_eq!(cri.status(&writer).exit_code, 9);
     assert_eq!(fs::read_to_string(&termination).expect("read it"), "last words\n");
     // No line is lost or repeated by the rotation.
@@ -327,9 +331,7 @@ fn resources_are_limited_counted_and_changed(t: &Test) {
     let mut greedy = Container::new("greedy", &["probe", "eat-memory", "256"]);
     greedy.memory = Some(32 << 20);
     let greedy = cri.run(&id, &pod, &greedy);
-    eventually("it was killed", Duration::from_secs(30), || {
-        (cri.status(&greedy).state == 2).then_some(())
-    });
+    eventually("it was killed", Duration::from_secs(30), || cri.has_exited(&greedy).then_some(()));
     let status = cri.status(&greedy);
     assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{status:?}");
     assert_eq!(cri.output(&limited, "echo untouched"), "untouched");
@@ -350,8 +352,8 @@ fn security_contexts_are_applied(t: &Test) {
     (container.read_only, container.no_new_privileges, container.seccomp) = (true, true, true);
     container.dropped = vec!["ALL"];
     container.added = vec!["NET_BIND_SERVICE"];
-    container.mounts.push(("/data".to_owned(), shared.clone(), false, 0));
-    container.mounts.push(("/readonly".to_owned(), shared.clone(), true, 0));
+    container.mounts.push(Volume::new("/data", &shared));
+    container.mounts.push(Volume { read_only: true, ..Volume::new("/readonly", &shared) });
     let strict = cri.run(&id, &pod, &container);
     // 1234 is what the image says of that user.
     assert_eq!(cri.output(&strict, "id -u; id -g; id -G"), "1000\n1001\n1001 1234 2000 3000");
@@ -371,7 +373,7 @@ fn security_contexts_are_applied(t: &Test) {
     let mut container = Container::idle("privileged");
     container.privileged = true;
     // Bidirectional propagation; the node's directory must be shared for it.
-    container.mounts.push(("/data".to_owned(), shared.clone(), false, 0));
+    container.mounts.push(Volume::new("/data", &shared));
     let privileged = cri.run(&id, &pod, &container);
     let own = process::status_field(std::process::id(), "CapBnd").expect("our capabilities");
     let status = cri.output(&privileged, "cat /proc/1/status");
@@ -380,7 +382,7 @@ fn security_contexts_are_applied(t: &Test) {
 
     // What does not exist is refused, and nothing stays of it.
     let mut container = Container::idle("broken");
-    container.mounts.push(("/x".to_owned(), "/proc/nonexistent".to_owned(), false, 0));
+    container.mounts.push(Volume::new("/x", "/proc/nonexistent"));
     cri.try_create(&id, &pod, &container).expect_err("the source can't exist");
     finish(&cri);
 }
@@ -392,7 +394,7 @@ fn namespace(pid: u32, kind: &str) -> std::path::PathBuf {
 fn a_pod_can_be_in_the_nodes_namespaces(t: &Test) {
     let cri = Cri { node: &t.node };
     let mut pod = Pod::new(&t.node, "host");
-    pod.namespaces = [NODE, NODE, NODE];
+    pod.namespaces = [NamespaceMode::Node; 3];
     pod.privileged = true;
     let id = cri.run_pod(&pod);
     let mut container = Container::idle("host");
@@ -408,14 +410,14 @@ fn a_pod_can_be_in_the_nodes_namespaces(t: &Test) {
 fn namespaces_are_shared_as_asked(t: &Test) {
     let cri = Cri { node: &t.node };
     let mut pod = Pod::new(&t.node, "processes");
-    pod.namespaces = [POD, POD, POD];
+    pod.namespaces = [NamespaceMode::Pod; 3];
     let id = cri.run_pod(&pod);
     let one = cri.run(&id, &pod, &Container::idle("one"));
     let two = cri.run(&id, &pod, &Container::idle("two"));
     assert_eq!(cri.output(&one, "cat /proc/1/comm"), "pod-sandbox");
     assert_eq!(cri.output(&one, "ps | grep -c '[s]leep 1000$'"), "2");
     cri.stop(&one, 0);
-    assert_eq!(cri.status(&two).state, 1, "the other one runs");
+    assert!(cri.is_running(&two), "the other one runs");
     assert_eq!(cri.output(&two, "ps | grep -c '[s]leep 1000$'"), "1");
 
     // A debug container that joins another container's processes.
@@ -459,15 +461,11 @@ fn pods_survive_restarts_of_containerd(t: &Test) {
             });
         }
         t.node.start_containerd();
-        eventually("CRI is back", Duration::from_secs(20), || {
-            cri.call("Version", &Message::new()).ok()
-        });
-        assert_eq!(cri.pod_status(&id).0, 0, "ready");
+        eventually("CRI is back", Duration::from_secs(20), || cri.is_up().then_some(()));
+        assert!(cri.pod_status(&id).0, "not ready");
         assert_eq!(cri.output(&idle, "hostname"), "survivor");
     }
-    eventually("its end is known", Duration::from_secs(20), || {
-        (cri.status(&ends).state == 2).then_some(())
-    });
+    eventually("its end is known", Duration::from_secs(20), || cri.has_exited(&ends).then_some(()));
     assert_eq!(cri.status(&ends).exit_code, 4);
     let late = cri.run(&id, &pod, &Container::idle("late"));
     assert_eq!(cri.output(&late, "hostname"), "survivor");

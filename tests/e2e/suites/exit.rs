@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::harness::grpc::Message;
+use containerd_client::services::v1::KillRequest;
+use containerd_client::tonic::Code;
+
 use crate::harness::process::{self, eventually};
 use crate::harness::sys;
 use crate::harness::test::Test;
@@ -161,9 +163,8 @@ fn kill_after_exit_is_not_found(t: &Test) {
     t.start(&[], &id, &["true"]);
     t.wait_exit(&id);
     t.wait_status(&id, "STOPPED");
-    // KillRequest: container id and signal. 5 is NotFound, without which containerd cannot finish
-    // stopping a container that has ended by itself.
-    let message = Message::new().bytes(1, &id).number(3, 15);
-    let refusal = t.node.grpc("containerd.services.tasks.v1.Tasks/Kill", &message);
-    assert_eq!(refusal.map_err(|failure| failure.code), Err(5));
+    // Without this code containerd cannot finish stopping a container that has ended by itself.
+    let request = KillRequest { container_id: id, signal: 15, ..KillRequest::default() };
+    let refusal = t.node.tasks(request, async |mut tasks, request| tasks.kill(request).await);
+    assert_eq!(refusal.map_err(|failure| failure.code), Err(Code::NotFound));
 }

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::harness::direct::{Shim, Stdio3};
-use crate::harness::grpc::Message;
+use containerd_client::services::v1::UpdateTaskRequest;
+
 use crate::harness::process::{self, cgroup_value, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -96,11 +97,14 @@ fn without_a_limit_there_is_none(t: &Test) {
 #[track_caller]
 fn update(t: &Test, id: &str, resources: &serde_json::Value) -> Result<(), String> {
     let url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
-    let message = Message::new().bytes(1, id).any(2, url, resources.to_string());
-    t.node
-        .grpc("containerd.services.tasks.v1.Tasks/Update", &message)
-        .map(|_| ())
-        .map_err(|failure| failure.message)
+    let value = resources.to_string().into_bytes();
+    let request = UpdateTaskRequest {
+        container_id: id.to_owned(),
+        resources: Some(prost_types::Any { type_url: url.to_owned(), value }),
+        ..UpdateTaskRequest::default()
+    };
+    let updated = t.node.tasks(request, async |mut tasks, request| tasks.update(request).await);
+    updated.map(|_| ()).map_err(|failure| failure.message)
 }
 
 fn update_changes_a_running_container(t: &Test) {

@@ -3,7 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-use crate::harness::grpc::{Message, number_in};
+use containerd_client::services::v1::DeleteTaskRequest;
+
 use crate::harness::process::{self, eventually};
 use crate::harness::sys;
 use crate::harness::test::Test;
@@ -60,10 +61,9 @@ fn an_exit_during_the_downtime_is_seen(t: &Test) {
     if !stopped_or_swept(t, &id) {
         return;
     }
-    let message = Message::new().bytes(1, &id);
-    let reply = t.node.grpc("containerd.services.tasks.v1.Tasks/Delete", &message).expect("delete");
-    // DeleteResponse.exit_status
-    assert_eq!(number_in(&reply, 3), Some(33));
+    let request = DeleteTaskRequest { container_id: id };
+    let deleted = t.node.tasks(request, async |mut tasks, request| tasks.delete(request).await);
+    assert_eq!(deleted.expect("delete").exit_status, 33);
 }
 
 fn output_during_the_downtime_is_not_lost(t: &Test) {

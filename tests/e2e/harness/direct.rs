@@ -116,7 +116,7 @@ impl EventServer {
     /// Waits for an event that `matches`.
     #[track_caller]
     pub fn wait(&self, what: &str, matches: impl Fn(&Forwarded) -> bool) -> Forwarded {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = process::deadline(Duration::from_secs(30));
         let mut events = self.received.events.lock().expect("no panic under this lock");
         loop {
             if let Some(event) = events.iter().find(|event| matches(event)) {
@@ -278,7 +278,7 @@ impl<'a> Driver<'a> {
             id: id.to_owned(),
             bundle,
             address,
-            patience: Duration::from_secs(60),
+            patience: process::scaled(Duration::from_secs(60)),
             client,
             service: if version == Some(3) { V3 } else { V2 },
             options: self.options(),

@@ -123,7 +123,7 @@ impl Events {
     pub fn wait(&self, container: &str, topic: &str, exec: &str) -> Event {
         let full = format!("/tasks/{topic}");
         let wanted = |e: &Event| e.topic == full && e.container() == container && e.exec() == exec;
-        self.find(process::DEADLINE / 2, wanted).unwrap_or_else(|| {
+        self.find(process::scaled(process::DEADLINE / 2), wanted).unwrap_or_else(|| {
             panic!("no {full} event of {container} {exec}; there were {:?}", self.topics(container))
         })
     }

@@ -190,11 +190,16 @@ pub fn wait_child(child: &mut Child, limit: Duration) -> Option<std::process::Ex
     }
 }
 
-/// The end of a wait. The limits are those of an ordinary machine; `E2E_SLOW` is a factor for an emulated
-/// one.
-pub fn deadline(limit: Duration) -> Instant {
+/// What a limit is on this machine. They are written for an ordinary one; `E2E_SLOW` is a factor for
+/// an emulated one.
+pub fn scaled(limit: Duration) -> Duration {
     let factor = std::env::var("E2E_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    Instant::now() + limit * factor
+    limit * factor
+}
+
+/// The end of a wait.
+pub fn deadline(limit: Duration) -> Instant {
+    Instant::now() + scaled(limit)
 }
 
 /// Repeats `probe` until it answers, or fails the test naming what was waited for.

@@ -6,6 +6,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use super::process::scaled;
+
 pub const STDIN: u8 = 0;
 pub const STDOUT: u8 = 1;
 pub const ERROR: u8 = 3;
@@ -25,7 +27,7 @@ impl Channels {
             .and_then(|rest| rest.split_once('/'))
             .unwrap_or_else(|| panic!("not a URL of a stream: {url}"));
         let mut stream = TcpStream::connect(host).expect("connect to the streaming server");
-        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("set a timeout");
+        stream.set_read_timeout(Some(scaled(Duration::from_secs(30)))).expect("set a timeout");
         write!(
             stream,
             "GET /{path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::harness::direct::Stdio3;
 use crate::harness::node::Options;
+use crate::harness::process;
 use crate::harness::sys;
 use crate::harness::test::Test;
 use crate::suites::own_node;
@@ -23,7 +24,7 @@ fn a_crash_at_any_moment_of_a_life_leaves_nothing(t: &Test) {
         let shim = driver.start(&id, &driver.spec(&id, &["sleep", "1000"]));
         let pid = shim.connect().expect("connect").shim_pid;
         let mut life = shim.clone();
-        life.patience = Duration::from_secs(5);
+        life.patience = process::scaled(Duration::from_secs(5));
         let client = std::thread::spawn(move || {
             let _ = life.create(&Stdio3::default());
             let _ = life.start("");

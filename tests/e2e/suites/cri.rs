@@ -51,7 +51,7 @@ fn finish(cri: &Cri) {
     for pod in cri.pods() {
         cri.remove_pod(&pod);
     }
-    let end = std::time::Instant::now() + Duration::from_secs(15);
+    let end = process::deadline(Duration::from_secs(15));
     loop {
         let left = remains(cri.node);
         if left.is_empty() {
@@ -142,7 +142,7 @@ fn a_pod_runs_and_goes(t: &Test) {
         let greeting = eventually(&target, Duration::from_secs(10), || {
             let mut text = String::new();
             let mut stream = TcpStream::connect(&target).ok()?;
-            stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+            stream.set_read_timeout(Some(process::scaled(Duration::from_secs(2)))).ok()?;
             stream.read_to_string(&mut text).ok()?;
             (!text.is_empty()).then_some(text)
         });

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::harness::direct::Stdio3;
-use crate::harness::process::eventually;
+use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -191,7 +191,11 @@ fn is_refused_after_the_container_ended(t: &Test) {
     let started = Instant::now();
     let out = t.exec(&[], &id, &["true"]);
     assert_ne!(out.code, 0);
-    assert!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < process::scaled(Duration::from_secs(5)),
+        "took {:?}",
+        started.elapsed()
+    );
 }
 
 fn dies_with_the_container(t: &Test) {

@@ -35,7 +35,10 @@ fn left_behind(t: &Test, driver: &Driver<'_>, id: &str, spec: &serde_json::Value
     while_proxmox_hangs(t, || {
         let started = std::time::Instant::now();
         assert_eq!(driver.delete_after_crash(id).exit_status, 7);
-        assert!(started.elapsed() < Duration::from_secs(5), "containerd waits 5 s");
+        assert!(
+            started.elapsed() < process::scaled(Duration::from_secs(5)),
+            "containerd waits 5 s"
+        );
     });
     assert!(t.node.pve().vmid_of(id).is_some());
     sys::detach(&shim.bundle.join("rootfs"));

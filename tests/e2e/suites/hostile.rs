@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::harness::direct::{Refusal, Stdio3};
+use crate::harness::process;
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -229,7 +230,7 @@ fn strings_that_could_be_lines(t: &Test) {
         let shim = driver.start(&id, &spec);
         shim.create(&io).expect("create");
         shim.start("").expect("start");
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = process::deadline(Duration::from_secs(10));
         while !fs::read_to_string(&log).unwrap_or_default().contains("done") {
             assert!(Instant::now() < end, "the container says nothing");
             std::thread::sleep(Duration::from_millis(20));

@@ -1,7 +1,9 @@
 //! Many containers at once: no visible lock error, no crosstalk.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
+use crate::harness::process;
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -67,7 +69,11 @@ fn one_slow_container_does_not_delay_another(t: &Test) {
     use std::os::unix::fs::PermissionsExt;
     // A hook that takes its time holds the first container's create only.
     let hook = t.file("slow.sh");
-    std::fs::write(&hook, "#!/bin/sh\nsleep 10\n").expect("write the hook");
+    std::fs::write(
+        &hook,
+        format!("#!/bin/sh\nsleep {}\n", process::scaled(Duration::from_secs(10)).as_secs()),
+    )
+    .expect("write the hook");
     std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).expect("chmod");
     let (slow, quick) = (t.id("slow"), t.id("quick"));
     let driver = t.driver();
@@ -82,7 +88,7 @@ fn one_slow_container_does_not_delay_another(t: &Test) {
         // Calls to the same shim are answered meanwhile, too.
         let _ = shim.state("");
     }
-    assert!(started.elapsed() < std::time::Duration::from_secs(8), "{:?}", started.elapsed());
+    assert!(started.elapsed() < process::scaled(Duration::from_secs(8)), "{:?}", started.elapsed());
     creating.join().expect("no panic").expect("create");
     shim.finish();
     driver.remove_bundle(&slow);

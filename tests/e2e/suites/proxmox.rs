@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use crate::harness::process::eventually;
+use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -294,7 +294,11 @@ fn unreachable_proxmox_does_not_disturb_a_running_container(t: &Test) {
         t.ctr(&["tasks", "ps", &id]).ok();
         t.kill(&id, "SIGKILL").ok();
         assert_eq!(t.wait_exit(&id).exit_status(), 137);
-        assert!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+        assert!(
+            started.elapsed() < process::scaled(Duration::from_secs(5)),
+            "took {:?}",
+            started.elapsed()
+        );
     }));
     sys::kill(sim, libc::SIGCONT);
     if let Err(panic) = outcome {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::harness::process::scaled;
 use crate::harness::sys;
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -63,7 +64,7 @@ fn an_agent_answers_for_the_container_and_its_execs(t: &Test) {
         let (status, text) = t.run_spec(&id, &probe, profile(&socket, privileged)).expect("runs");
         assert_eq!((status, text), (0, libc::EBADMSG.to_string()));
         let (state, has_listener) =
-            told.recv_timeout(Duration::from_secs(5)).expect("the agent was told");
+            told.recv_timeout(scaled(Duration::from_secs(5))).expect("the agent was told");
         assert!(has_listener);
         assert_eq!(state["fds"], json!(["seccompFd"]));
         assert_eq!(state["metadata"], "for you");
@@ -78,8 +79,8 @@ fn an_agent_answers_for_the_container_and_its_execs(t: &Test) {
     let told = agent(&socket);
     let outcome = t.exec_spec(&t.id("e"), &probe, profile(&socket, false), |_| ());
     assert_eq!(outcome.expect("runs"), (0, libc::EBADMSG.to_string()));
-    let own = told.recv_timeout(Duration::from_secs(5)).expect("of the container");
-    let exec = told.recv_timeout(Duration::from_secs(5)).expect("of the exec");
+    let own = told.recv_timeout(scaled(Duration::from_secs(5))).expect("of the container");
+    let exec = told.recv_timeout(scaled(Duration::from_secs(5))).expect("of the exec");
     assert_eq!(exec.0["state"]["status"], "running");
     assert_eq!(exec.0["state"]["pid"], own.0["pid"]);
     assert_ne!(exec.0["pid"], own.0["pid"]);

@@ -5,11 +5,11 @@ set -euo pipefail
 
 usage() {
 	cat <<-'END'
-		usage: tests/vm.sh [--image-only] [FILTER]
+		usage: tests/vm.sh [--image-only] [WORD...]
 
 		Boots Debian 13 in QEMU (emulated where there is no KVM, or this machine is a virtual one
 		itself; that is slow and takes two cores): its stock kernel, systemd, cgroup2 only, AppArmor enforcing, LXC 6 and
-		containerd 1.7. In it run the end-to-end suites, or the tests whose names contain FILTER.
+		containerd 1.7. In it run the end-to-end suites, or the tests with a WORD in their names.
 		The machine has no network and leaves nothing behind but its logs.
 
 		  --image-only  only build the machine's disk (once, 1 GB below target/vm)
@@ -26,13 +26,13 @@ usage() {
 cd "$(dirname "$0")/.."
 vm=$PWD/target/vm
 log=$vm/log
-filter='' image_only=no
+words=() image_only=no
 for argument; do
 	case $argument in
 	--help | -h) usage && exit ;;
 	--image-only) image_only=yes ;;
 	-*) usage >&2 && exit 2 ;;
-	*) filter=$argument ;;
+	*) words+=("$argument") ;;
 	esac
 done
 bin=${E2E_BIN:-$PWD/target/release}
@@ -62,6 +62,7 @@ suite=trixie
 packages=(
 	systemd-sysv udev kmod dbus linux-image-amd64 initramfs-tools apparmor
 	lxc containerd runc busybox-static iproute2 procps curl libseccomp2
+	containernetworking-plugins iptables erofs-utils
 )
 # Kept as small as the machine needs them: a large one takes an emulated machine minutes to load.
 modules=(virtio_pci virtio_blk ext4)
@@ -152,12 +153,15 @@ guest() {
 		export HOME=/root PATH=/usr/sbin:/usr/bin LANG=C.UTF-8
 		export E2E_BIN=/opt/e2e E2E_PROBE=/opt/e2e/probe E2E_LOGS=/mnt/e2e-logs
 		export E2E_UNITS=systemd E2E_SLOW=4 E2E_CONTAINERD= RUST_BACKTRACE=0
+		export E2E_ONLY='${words[*]}'
 		exec >/mnt/output 2>&1
+		printf 'root:100000:65536\\nroot:1000000:1000000\\n' | tee /etc/subuid >/etc/subgid
 		cp -r /mnt/bin /opt/e2e
 		profile=\$(sed -n 's,^/usr/bin/lxc-start (\(.*\)),\1,p' /sys/kernel/security/apparmor/profiles)
 		echo "kernel \$(uname -r), PID 1 \$(cat /proc/1/comm), \$(stat -fc %T /sys/fs/cgroup)," \\
-			"AppArmor of lxc-start: \$profile, LXC \$(lxc-start --version), \$(containerd --version)"
-		/opt/e2e/e2e --test-threads=${VM_THREADS:-2} $filter
+			"AppArmor of lxc-start: \$profile, LXC \$(lxc-start --version), \$(containerd --version)," \\
+			"clock \$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+		/opt/e2e/e2e --test-threads=${VM_THREADS:-2}
 		echo \$? >/mnt/status
 		journalctl --no-pager -b >/mnt/journal
 		sync
@@ -193,14 +197,19 @@ boot() {
 		-accel "$(accelerator)" -cpu max -smp 2 -m 2048
 		-nodefaults -display none -no-reboot -nic none
 		-kernel "$vm/kernel" -initrd "$vm/initrd"
-		-append 'root=/dev/vda rw console=ttyS0 panic=-1 systemd.show_status=0 loglevel=4 systemd.tty.term.console=dumb systemd.tty.term.ttyS0=dumb'
+		-append 'root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off no5lvl norandmaps tsc=reliable systemd.show_status=0 loglevel=4 systemd.tty.term.console=dumb systemd.tty.term.ttyS0=dumb'
 		-drive "file=$vm/disk,format=raw,if=virtio,snapshot=on,cache=unsafe"
 		-virtfs "local,path=$work/share,mount_tag=host,security_model=none"
 		-serial "file:$log/console"
 	)
 	TMPDIR=$work qemu-system-x86_64 "${machine[@]}" 2>"$log/qemu" &
 	qemu=$!
-	tail -n +1 -f --pid="$qemu" "$work/share/output" &
+	# With the seconds since the start, as emulation makes some tests take long.
+	local begin=$SECONDS line
+	tail -n +1 -f --pid="$qemu" "$work/share/output" |
+		while IFS= read -r line; do
+			printf '%5d  %s\n' $((SECONDS - begin)) "$line"
+		done &
 	reader=$!
 	local deadline=$((SECONDS + seconds))
 	while kill -0 "$qemu" 2>/dev/null; do

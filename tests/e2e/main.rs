@@ -16,16 +16,17 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let setting = Setting::from_environment();
     let cases = suites::all(&setting);
-    // Before any thread exists, as each has the mounts of the one that made it.
-    if !arguments.list {
-        harness::sys::give_root_subordinate_ids(&setting.root);
-    }
     if arguments.list {
         let name = |case: &suites::Case| format!("{}::{}", case.suite, case.name);
         let trials = cases.iter().map(|case| Trial::test(name(case), || Ok(())));
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
-    harness::sys::enter_own_network();
+    // Before any thread exists, as each has the namespaces of the one that made it. What systemd runs
+    // is in the machine's own, which then serves these tests alone.
+    if setting.units != "systemd" {
+        harness::sys::give_root_subordinate_ids(&setting.root);
+        harness::sys::enter_own_network();
+    }
     // The message and its place; a backtrace through the harness says nothing more.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     harness::sys::on_termination(move |signal| {
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
             leave_to_the_signal();
             resume_unwind(panic)
         });
-    // For clients that name no configuration. The real /etc is covered.
+    // For clients that name no configuration. The real /etc is covered, unless the machine is ours.
     if shared.has_pve() {
         let directory = std::path::Path::new("/etc/containerd-shim-proxmox");
         std::fs::create_dir_all(directory).expect("make the directory of the configuration");

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Response, Status as GrpcStatus};
@@ -364,10 +363,23 @@ pub fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
-/// A file of `shim-config/`.
-pub fn shipped(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("shim-config").join(name);
-    fs::read_to_string(path).unwrap_or_else(|error| panic!("read shim-config/{name}: {error}"))
+/// A file of `shim-config/`: part of the program, which may run where the source is not.
+pub fn shipped(name: &str) -> &'static str {
+    macro_rules! files {
+        ($($name:literal),* $(,)?) => {
+            match name {
+                $($name => include_str!(concat!("../../../shim-config/", $name)),)*
+                _ => panic!("shim-config/{name} is not among the files that are tested"),
+            }
+        };
+    }
+    files!(
+        "containerd-1.toml",
+        "containerd-2.toml",
+        "deployment.yaml",
+        "pod.yaml",
+        "runtimeclass.yaml",
+    )
 }
 
 /// What the kubelet would ask for because of the shipped RuntimeClass.

@@ -29,12 +29,15 @@ pub struct Setting {
     pub containerd: Option<PathBuf>,
     /// `E2E_BIN`: the directory with the shim, init and simulator.
     pub bin: PathBuf,
-    /// `E2E_UNITS`: who runs the simulated node's containers, `simulator` or `systemd`.
+    /// `E2E_UNITS`: who runs the simulated node's containers, `simulator`, or `systemd` on a machine that
+    /// serves nothing else.
     pub units: String,
     /// `E2E_ROOT`: the directory for temporary directories; it must be short, for socket paths.
     pub root: PathBuf,
     /// `E2E_LOGS`: where the logs of a failed run are kept.
     pub logs: PathBuf,
+    /// `E2E_ONLY`: words of which one must be in a test's name, if there are any.
+    pub only: Vec<String>,
     /// `E2E_VMIDS`: the VMIDs all nodes of this run may use.
     pub vmids: (u32, u32),
 }
@@ -63,6 +66,11 @@ impl Setting {
             units: std::env::var("E2E_UNITS").unwrap_or_else(|_| "simulator".to_owned()),
             root: path("E2E_ROOT").unwrap_or_else(|| PathBuf::from("/tmp")),
             logs: path("E2E_LOGS").unwrap_or_else(|| target.join("e2e-logs")),
+            only: std::env::var("E2E_ONLY")
+                .unwrap_or_default()
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect(),
             vmids,
         }
     }

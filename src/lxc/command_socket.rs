@@ -53,6 +53,7 @@ mod tests {
         let host = Host {
             cgroups: Cgroups::V2,
             apparmor: false,
+            lacks_profile: |_| false,
             last_capability: 40,
             kcore: false,
             unprivileged: false,

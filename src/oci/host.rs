@@ -13,6 +13,8 @@ pub struct Host {
     pub cgroups: Cgroups,
     /// The AppArmor security module is enabled.
     pub apparmor: bool,
+    /// Whether an AppArmor profile is known not to be loaded.
+    pub lacks_profile: fn(name: &str) -> bool,
     /// The highest capability the kernel knows (`cap_last_cap`).
     pub last_capability: u32,
     /// Containers whose specification has no user namespace get that of Proxmox's unprivileged CTs.
@@ -44,6 +46,7 @@ impl Host {
             cgroups: Cgroups::from_mountinfo(&std::fs::read_to_string("/proc/self/mountinfo")?),
             apparmor: std::fs::read("/sys/module/apparmor/parameters/enabled")
                 .is_ok_and(|enabled| enabled.starts_with(b"Y")),
+            lacks_profile,
             last_capability: last_capability.trim().parse().map_err(io::Error::other)?,
             unprivileged: false,
             kcore: Path::new("/proc/kcore").exists(),
@@ -122,6 +125,22 @@ pub fn is_placeholder(path: &Path) -> bool {
     path.parent() == Some(Path::new("/proc/1/ns"))
 }
 
+/// Without the list, which only root sees and only where securityfs is mounted, the kernel tells at the
+/// start.
+fn lacks_profile(name: &str) -> bool {
+    std::fs::read_to_string("/sys/kernel/security/apparmor/profiles")
+        .is_ok_and(|loaded| !is_loaded(&loaded, name))
+}
+
+/// Reads the list of the loaded profiles: one a line, followed by its mode.
+fn is_loaded(loaded: &str, name: &str) -> bool {
+    // Not in the list: what confines nothing, several profiles at once, and those of a namespace.
+    name == "unconfined"
+        || name.starts_with([':', '&'])
+        || name.contains("//&")
+        || loaded.lines().any(|line| line.rsplit_once(" (").is_some_and(|(found, _)| found == name))
+}
+
 fn is_own_namespace(kind: &str, path: &Path) -> bool {
     let own = std::fs::metadata(Path::new("/proc/self/ns").join(kind));
     match (own, std::fs::metadata(path)) {
@@ -166,6 +185,20 @@ mod tests {
                 ]
             }
         );
+    }
+
+    #[test]
+    fn profiles_are_found_in_the_kernels_list() {
+        let loaded = "a (b) (complain)\n/usr/bin/lxc-start (enforce)\nlxc//child (unconfined)\n";
+        for name in ["a (b)", "/usr/bin/lxc-start", "lxc//child"] {
+            assert!(is_loaded(loaded, name), "{name}");
+        }
+        for name in ["unconfined", ":ns:a", "&a", "a//&b"] {
+            assert!(is_loaded(loaded, name), "{name} cannot be looked up");
+        }
+        for name in ["a", "lxc", "/usr/bin/lxc-start (enforce)", ""] {
+            assert!(!is_loaded(loaded, name), "{name}");
+        }
     }
 
     #[test]

@@ -213,7 +213,14 @@ fn apparmor_profile(spec: &Document, host: &Host) -> Result<Option<String>, Erro
         Some(profile) if profile.chars().any(char::is_control) => {
             Err(Error::invalid(FIELD, "contains control characters"))
         }
-        Some(profile) if host.apparmor => Ok(Some(profile)),
+        Some(profile) if host.apparmor => match (host.lacks_profile)(&profile) {
+            false => Ok(Some(profile)),
+            true => {
+                let problem =
+                    format!("is {profile:?}, which is not loaded here: use apparmor_parser(8)");
+                Err(Error::invalid(FIELD, problem))
+            }
+        },
         None => Ok(None),
         Some(profile) if profile == "unconfined" => Ok(None),
         Some(_) => Err(Error::unsupported(

@@ -20,6 +20,7 @@ pub(super) fn host() -> Host {
             hierarchies: vec![hierarchy("memory", "memory", false), hierarchy("unified", "", true)],
         },
         apparmor: false,
+        lacks_profile: |name| name == "missing",
         last_capability: 40,
         kcore: true,
         unprivileged: false,
@@ -151,6 +152,11 @@ fn kubernetes_container() {
         error,
         "process.apparmorProfile is not supported: AppArmor is not enabled on this host; enable \
          it or leave the profile out"
+    );
+    let error = plan_error(&CONTAINER.replace("cri-containerd.apparmor.d", "missing"), &node());
+    assert_eq!(
+        error,
+        "process.apparmorProfile is \"missing\", which is not loaded here: use apparmor_parser(8)"
     );
 }
 

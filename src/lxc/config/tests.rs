@@ -22,6 +22,7 @@ fn plan(fixture: &str) -> Plan {
     let host = Host {
         cgroups: Cgroups::V2,
         apparmor: true,
+        lacks_profile: |_| false,
         last_capability: 40,
         kcore: true,
         unprivileged: false,

@@ -3,6 +3,7 @@
 use crate::harness::node::{Options, Setting};
 use crate::harness::test::Test;
 
+mod apparmor;
 mod config;
 mod crash;
 mod cri;
@@ -104,6 +105,7 @@ pub fn all(setting: &Setting) -> Vec<Case> {
         limits::cases,
         oci::cases,
         process::cases,
+        apparmor::cases,
         hostile::cases,
         namespaces::cases,
         seccomp::cases,

@@ -41,7 +41,7 @@ const HOST_ROOT: u32 = 1_000_000;
 const SIZE: u32 = 65_536;
 
 /// Gives a specification a user namespace: 0 of the container is [`HOST_ROOT`].
-fn in_user_namespace(spec: &mut Value) {
+pub fn in_user_namespace(spec: &mut Value) {
     let linux = &mut spec["linux"];
     linux["namespaces"].as_array_mut().expect("a list").push(json!({"type": "user"}));
     for field in ["uidMappings", "gidMappings"] {

@@ -146,8 +146,15 @@ impl Cgroup {
             };
             if place.limit.join(bfq).exists() {
                 place.set(bfq, &weight.to_string())?;
-            } else {
+            } else if place.limit.join(other).exists() {
                 place.set(other, &converted.to_string())?;
+            } else {
+                return Err(Error::Invalid {
+                    field: "linux.resources.blockIO.weight",
+                    reason: "no scheduler of block I/O on this node has weights; load the module \
+                             bfq, or leave it out"
+                        .to_owned(),
+                });
             }
         }
         for (list, v1, v2) in throttles {

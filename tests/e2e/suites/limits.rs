@@ -30,6 +30,8 @@ cases!("limits":
     proxmox_shows_an_update,
     proxmox_does_not_show_an_update_that_failed,
     every_limit_of_the_specification_is_in_the_cgroup,
+    a_weight_of_block_io,
+    a_limit_of_huge_pages,
     idle_processor_time,
     cgroup2_files_by_name,
     limits_that_the_node_cannot_keep_are_refused,
@@ -351,6 +353,66 @@ fn every_limit_of_the_specification_is_in_the_cgroup(t: &Test) {
         assert_eq!(value, expected);
     }
     assert_eq!(allowed.as_deref(), Some("0"), "in effect for the process");
+}
+
+/// Which file a weight is in depends on the schedulers of block I/O that the kernel has, if any.
+fn a_weight_of_block_io(t: &Test) {
+    let id = t.id("a");
+    let (controller, files) = match is_cgroup2() {
+        true => ("io", [("io.bfq.weight", "default 500"), ("io.weight", "default 4950")]),
+        false => ("blkio", [("blkio.bfq.weight", "500"), ("blkio.weight", "500")]),
+    };
+    let has = |file: &str| process::cgroup_directories("/").iter().any(|d| d.join(file).exists());
+    let driver = t.driver();
+    let mut spec = driver.spec(&id, &["sleep", "1000"]);
+    spec["linux"]["resources"]["blockIO"] = json!({"weight": 500});
+    let shim = driver.start(&id, &spec);
+    let outcome = shim.create(&Stdio3::default());
+    let file = files.iter().find(|(name, _)| has(name));
+    let value = match (&outcome, file) {
+        (Ok(pid), Some((name, _))) => cgroup_value(*pid, &id, controller, name, name),
+        _ => String::new(),
+    };
+    finish(t, &shim);
+    match (outcome, file) {
+        (Ok(_), file) => assert_eq!(Some(value.as_str()), file.map(|(_, expected)| *expected)),
+        (Err(refusal), None) => {
+            assert!(refusal.message.contains("linux.resources.blockIO.weight"), "{refusal:?}");
+        }
+        (Err(refusal), Some(_)) => panic!("{refusal:?}"),
+    }
+}
+
+fn a_limit_of_huge_pages(t: &Test) {
+    let id = t.id("a");
+    let sizes = std::fs::read_dir("/sys/kernel/mm/hugepages").expect("list the sizes").flatten();
+    let kilobytes = sizes
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok()
+        })
+        .min()
+        .expect("a size of huge pages");
+    let (name, limit) = (format!("{}MB", kilobytes >> 10), 3 * (kilobytes << 10));
+    let change = |spec: &mut Value| {
+        spec["linux"]["resources"]["hugepageLimits"] = json!([{"pageSize": name, "limit": limit}]);
+    };
+    let has_controller = match std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers") {
+        Ok(list) => list.split_whitespace().any(|name| name == "hugetlb"),
+        Err(_) => Path::new("/sys/fs/cgroup/hugetlb").exists(),
+    };
+    if !has_controller {
+        let refusal = t.run_spec(&id, &["true"], change).expect_err("no controller");
+        return assert!(refusal.message.contains("a limit on huge pages"), "{refusal:?}");
+    }
+    let (shim, pid) = start_with(t, &id, &["sleep", "1000"], change);
+    let value = |kind: &str| {
+        let [v1, v2] = ["limit_in_bytes", "max"].map(|end| format!("hugetlb.{name}.{kind}{end}"));
+        cgroup_value(pid, &id, "hugetlb", &v1, &v2)
+    };
+    let values = ["", "rsvd."].map(value);
+    finish(t, &shim);
+    assert_eq!(values, [limit.to_string(), limit.to_string()]);
 }
 
 fn idle_processor_time(t: &Test) {

@@ -163,7 +163,7 @@ pub struct Pod {
     pub sysctls: Vec<(&'static str, &'static str)>,
     pub privileged: bool,
     pub annotations: Vec<(String, String)>,
-    cgroup: String,
+    pub cgroup: String,
     logs: String,
 }
 

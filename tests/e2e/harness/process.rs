@@ -300,6 +300,56 @@ fn collect_directories(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
     found.push(directory.to_path_buf());
 }
 
+/// Is systemd this machine's service manager?
+pub fn has_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// A slice as a kubelet has systemd make it for a pod, or as it is made here where there is no systemd.
+pub struct Slice(String);
+
+impl Slice {
+    /// `name` has at most one dash, which systemd takes for a slash.
+    pub fn new(name: &str) -> Slice {
+        let slice = Slice(format!("{name}.slice"));
+        if has_systemd() {
+            run(Command::new("systemctl").args(["start", &slice.0])).ok();
+        }
+        slice
+    }
+
+    /// Its path in the hierarchies.
+    pub fn path(&self) -> String {
+        match self.0.split_once('-') {
+            Some((parent, _)) => format!("{parent}.slice/{}", self.0),
+            None => self.0.clone(),
+        }
+    }
+
+    /// A file of the cgroup `below` it, in whichever hierarchy has it under one of these names.
+    pub fn read(&self, below: &str, names: [&str; 2]) -> Option<String> {
+        let path = format!("{}/{below}", self.path());
+        let directories = cgroup_directories(path.trim_end_matches('/'));
+        let mut files = directories.iter().flat_map(|d| names.map(|name| d.join(name)));
+        let file = files.find(|file| {
+            file.exists() && file.parent().is_some_and(|d| d.ends_with(path.trim_end_matches('/')))
+        });
+        fs::read_to_string(file?).ok().map(|text| text.trim().to_owned())
+    }
+}
+
+impl Drop for Slice {
+    fn drop(&mut self) {
+        let top = self.path().split('/').next().unwrap_or_default().to_owned();
+        if has_systemd() {
+            let _ = Command::new("systemctl").args(["stop", &top]).status();
+        }
+        for directory in cgroup_directories(&top) {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
 /// The value of a file in a container's cgroup: the nearest of the process's own cgroup and its
 /// ancestors that is named after the container. The process itself may be in a leaf below it.
 pub fn cgroup_value(pid: u32, id: &str, controller: &str, v1: &str, v2: &str) -> String {

@@ -11,16 +11,17 @@ use k8s_cri::v1::{AttachRequest, ExecRequest, NamespaceMode, PortForwardRequest}
 
 use crate::harness::cri::{Container, Cri, Pod, Stream, Volume, words};
 use crate::harness::node::{Node, Options};
-use crate::harness::process::{self, eventually};
+use crate::harness::process::{self, Slice, eventually};
 use crate::harness::test::Test;
 use crate::harness::websocket::{Channels, ERROR, STDIN, STDOUT};
-use crate::suites::own_node;
+use crate::suites::{apparmor, own_node};
 
 own_node!("cri", Options { cri: Some("podsandbox"), ..Options::default() };
     a_pod_runs_and_goes,
     processes_are_executed_attached_and_forwarded_to,
     logs_are_written_and_rotated,
     resources_are_limited_counted_and_changed,
+    pods_are_in_slices_of_systemd,
     security_contexts_are_applied,
     namespaces_are_shared_as_asked,
     a_pod_can_be_in_the_nodes_namespaces,
@@ -338,6 +339,40 @@ fn resources_are_limited_counted_and_changed(t: &Test) {
     finish(&cri);
 }
 
+/// As a kubelet with the cgroup driver `systemd` has it.
+fn pods_are_in_slices_of_systemd(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let mut pod = Pod::new(&t.node, "sliced");
+    let slice = Slice::new(&format!("{}-sliced", t.node.tag.replace('-', "_")));
+    pod.cgroup = format!("/{}", slice.path());
+    let id = cri.run_pod(&pod);
+    let mut container = Container::idle("limited");
+    container.memory = Some(64 << 20);
+    let limited = cri.run(&id, &pod, &container);
+    for name in [&id, &limited] {
+        let groups =
+            fs::read_to_string(format!("/proc/{}/cgroup", cri.pid(name))).expect("cgroups");
+        let place = format!(":/{}/cri-containerd-{name}.scope/ns", slice.path());
+        assert!(groups.lines().all(|line| line.ends_with(&place)), "{place}: {groups}");
+    }
+    if process::has_systemd() {
+        process::run(std::process::Command::new("systemctl").arg("daemon-reload")).ok();
+    }
+    let scope = format!("cri-containerd-{limited}.scope");
+    let memory = || slice.read(&scope, ["memory.limit_in_bytes", "memory.max"]);
+    assert_eq!(memory(), Some((64 << 20).to_string()));
+    container.memory = Some(32 << 20);
+    cri.update(&limited, &container);
+    assert_eq!(memory(), Some((32 << 20).to_string()));
+    let (_, working_set) = cri.stats(&limited);
+    assert!(working_set > 0);
+    finish(&cri);
+    for name in [&id, &limited] {
+        let scope = format!("cri-containerd-{name}.scope");
+        assert_eq!(slice.read(&scope, ["cgroup.procs"; 2]), None, "{scope} is gone");
+    }
+}
+
 fn security_contexts_are_applied(t: &Test) {
     let cri = Cri { node: &t.node };
     let pod = Pod::new(&t.node, "security");
@@ -361,6 +396,9 @@ fn security_contexts_are_applied(t: &Test) {
     for line in ["CapBnd:\t0000000000000400", "NoNewPrivs:\t1", "Seccomp:\t2"] {
         assert!(status.contains(line), "{line} is not in {status}");
     }
+    // CRI names its own profile for every container where the node has AppArmor.
+    let labels = |profile: &str| apparmor::is_enabled().then(|| profile.to_owned());
+    assert_eq!(apparmor::label(cri.pid(&strict)), labels("cri-containerd.apparmor.d (enforce)"));
     assert_ne!(cri.exec(&strict, "touch /x").status, 0, "the root is read-only");
     assert_ne!(cri.exec(&strict, "touch /readonly/x").status, 0);
     cri.output(&strict, "touch /data/x && test -e /readonly/x");
@@ -378,6 +416,7 @@ fn security_contexts_are_applied(t: &Test) {
     let own = process::status_field(std::process::id(), "CapBnd").expect("our capabilities");
     let status = cri.output(&privileged, "cat /proc/1/status");
     assert!(status.contains(&format!("CapEff:\t{own}")), "{status}");
+    assert_eq!(apparmor::label(cri.pid(&privileged)), labels("unconfined"));
     cri.output(&privileged, "mount -t tmpfs none /mnt && test -w /proc/sys/kernel && test -e /dev/mem -o -e /dev/loop-control -o -e /dev/fuse -o -e /dev/null");
 
     // What does not exist is refused, and nothing stays of it.

@@ -1,11 +1,10 @@
 //! Resource limits: in the cgroup, in what Proxmox shows, and in effect.
 
+use containerd_client::services::v1::UpdateTaskRequest;
 use serde_json::{Value, json};
 
 use crate::harness::direct::{Shim, Stdio3};
-use containerd_client::services::v1::UpdateTaskRequest;
-
-use crate::harness::process::{self, cgroup_value, eventually};
+use crate::harness::process::{self, Slice, cgroup_value, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
 use std::path::Path;
@@ -24,7 +23,9 @@ cases!("limits":
     metrics_tell_usage_and_limit,
     processes_of_the_container_are_listed,
     pause_stops_and_resume_continues,
-    exec_in_a_paused_container_is_refused;
+    exec_in_a_paused_container_is_refused,
+    a_paused_container_can_be_killed,
+    an_oom_kill_is_counted;
     proxmox:
     proxmox_shows_the_limits,
     proxmox_shows_an_update,
@@ -214,6 +215,36 @@ fn exec_in_a_paused_container_is_refused(t: &Test) {
     t.ctr(&["tasks", "resume", &id]).ok();
     assert_ne!(out.code, 0);
     assert!(out.stderr.contains("paused"), "{}", out.stderr);
+}
+
+fn a_paused_container_can_be_killed(t: &Test) {
+    let id = t.id("a");
+    t.start(&[], &id, &["sh", "-c", "sleep 1000 & trap 'exit 0' TERM; wait"]);
+    let pid = t.pid(&id);
+    let child = eventually("it has a child", Duration::from_secs(5), || {
+        process::children(pid).first().copied()
+    });
+    t.ctr(&["tasks", "pause", &id]).ok();
+    t.kill(&id, "SIGKILL").ok();
+    assert_eq!(t.wait_exit(&id).exit_status(), 137);
+    assert!(!process::is_alive(child), "a frozen process has outlived the container");
+    t.delete(&id);
+}
+
+fn an_oom_kill_is_counted(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&["--memory-limit", &(32 * MIB).to_string()], &id);
+    let pid = t.pid(&id);
+    let kills = || {
+        let text = cgroup_value(pid, &id, "memory", "ns/memory.oom_control", "memory.events");
+        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        line.expect("a count").parse::<u64>().expect("a number")
+    };
+    assert_eq!(kills(), 0);
+    t.exec(&[], &id, &["probe", "eat-memory", "4096"]).expect(137);
+    t.node.events.wait(&id, "oom", "");
+    assert_eq!(kills(), 1);
+    assert_eq!(t.task(&id).map(|(_, status)| status).as_deref(), Some("RUNNING"));
 }
 
 /// A figure of the API, which answers numbers or strings.
@@ -490,18 +521,26 @@ fn an_update_may_name_the_same_devices_only(t: &Test) {
 }
 
 fn cgroups_path_in_the_form_of_systemd(t: &Test) {
-    let (id, slice) = (t.id("a"), t.node.namespace.replace('-', "_"));
+    let (id, name) = (t.id("a"), t.node.namespace.replace('-', "_") + "-pod");
+    let slice = Slice::new(&name);
     let (shim, pid) = start_with(t, &id, &["sleep", "1000"], |spec| {
-        spec["linux"]["cgroupsPath"] = json!(format!("{slice}-pod.slice:shim:{id}"));
+        spec["linux"]["cgroupsPath"] = json!(format!("{name}.slice:shim:{id}"));
+        spec["linux"]["resources"]["memory"] = json!({"limit": 64 * MIB});
     });
     let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let scope = format!("shim-{id}.scope");
+    // systemd writes to the cgroups that it knows, those above the scope.
+    if process::has_systemd() {
+        process::run(Command::new("systemctl").arg("daemon-reload")).ok();
+    }
+    let limit = slice.read(&scope, ["memory.limit_in_bytes", "memory.max"]);
+    let processes = slice.read("", ["pids.current", "pids.current"]);
     finish(t, &shim);
-    let path = format!(":/{slice}.slice/{slice}-pod.slice/shim-{id}.scope/ns");
+    let path = format!(":/{}/{scope}/ns", slice.path());
     assert!(groups.lines().any(|line| line.ends_with(&path)), "{path}: {groups}");
-    process::run(Command::new("sh").arg("-c").arg(format!(
-        "find /sys/fs/cgroup -depth -type d -path '*/{slice}.slice*' -exec rmdir {{}} + \
-         2>/dev/null; true"
-    )));
+    assert_eq!(limit, Some((64 * MIB).to_string()));
+    assert_eq!(processes.as_deref(), Some("1"), "the slice counts the container's");
+    assert_eq!(slice.read(&scope, ["cgroup.procs", "cgroup.procs"]), None, "it is gone");
 }
 
 // A container's own init system divides its cgroup; on cgroup2 no process may be above the parts.

@@ -11,6 +11,7 @@ cases!("proxmox":;
     proxmox:
     ct_is_listed_with_name_tags_notes_and_pid,
     name_that_nerdctl_gave_is_shown,
+    ct_is_a_unit_of_the_node,
     configuration_is_conservative,
     stop_in_the_ui_is_status_137,
     shutdown_in_the_ui_sends_the_stop_signal,
@@ -69,6 +70,40 @@ fn name_that_nerdctl_gave_is_shown(t: &Test) {
     let notes = config["description"].as_str().unwrap_or_default();
     assert!(notes.contains("my_web") && notes.contains(&id), "{notes}");
     assert!(!text.lines().any(|line| line.starts_with("lxc.init.cmd")), "{text}");
+}
+
+fn ct_is_a_unit_of_the_node(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let parent = |pid: u32| {
+        let parent = process::status_field(pid, "PPid").expect("a parent");
+        parent.parse::<u32>().expect("a number")
+    };
+    let monitor = parent(t.pid(&id));
+    assert_eq!(fs::read_to_string(format!("/proc/{monitor}/comm")).expect("comm"), "lxc-start\n");
+    if t.node.setting.units != "systemd" {
+        return assert_eq!(parent(monitor), t.node.pve().pid());
+    }
+    let unit = format!("pve-container@{}.service", vmid(t, &id));
+    let show = || {
+        let properties = "--property=MainPID,ActiveState,Delegate,KillMode,Type";
+        let mut command = std::process::Command::new("systemctl");
+        process::run(command.args(["show", properties, &unit])).ok().text()
+    };
+    let shown = show();
+    for line in [
+        &format!("MainPID={monitor}"),
+        "ActiveState=active",
+        "Delegate=yes",
+        "KillMode=mixed",
+        "Type=simple",
+    ] {
+        assert!(shown.lines().any(|shown| shown == line), "{line}: {shown}");
+    }
+    t.remove(&id);
+    eventually("the unit has ended", Duration::from_secs(10), || {
+        show().contains("ActiveState=inactive").then_some(())
+    });
 }
 
 fn configuration_is_conservative(t: &Test) {

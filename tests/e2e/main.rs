@@ -3,6 +3,8 @@
 
 mod harness;
 mod suites;
+#[path = "../simulator/trust.rs"]
+mod trust;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;

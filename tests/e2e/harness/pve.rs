@@ -6,15 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use reqwest::Method;
+use reqwest::blocking::Client;
+use reqwest::header::AUTHORIZATION;
 use serde_json::Value;
 
-use super::process::{self, Running};
+use super::process;
 use super::sys;
+use crate::trust;
 
 /// The simulator's process and what it says about itself.
 pub struct Pve {
     child: Child,
     ready: Value,
+    client: Client,
 }
 
 impl Pve {
@@ -39,7 +44,7 @@ impl Pve {
         let stdout = child.stdout.take().expect("stdout is piped");
         std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
         let file = root.join("ready.json");
-        let ready = process::eventually("the simulator listens", Duration::from_secs(20), || {
+        let ready: Value = process::eventually("the simulator listens", Duration::from_secs(20), || {
             if process::is_ending() {
                 process::terminate(&mut child, Duration::from_secs(5));
                 panic!("the run was asked to end");
@@ -50,7 +55,16 @@ impl Pve {
             }
             serde_json::from_str(&fs::read_to_string(&file).ok()?).ok()
         });
-        Pve { child, ready }
+        let ca_file = ready["ca_file"].as_str().expect("ready.json names the authority");
+        let client = Client::builder()
+            .tls_backend_preconfigured(trust::authority(Path::new(ca_file)))
+            .no_proxy()
+            .timeout(Duration::from_secs(30))
+            // Below the 5 s after which the server closes an idle connection.
+            .pool_idle_timeout(Duration::from_secs(3))
+            .build()
+            .expect("a client");
+        Pve { child, ready, client }
     }
 
     pub fn stop(&mut self) {
@@ -77,26 +91,23 @@ impl Pve {
         PathBuf::from(self.get("lxc_path"))
     }
 
-    /// One request as the administrator: the HTTP status and `data`. The token travels through
-    /// curl's standard input, never through its arguments.
+    /// One request as the administrator: the HTTP status and `data`.
     pub fn request(&self, method: &str, path: &str, form: &[(&str, &str)]) -> (u16, Value) {
+        let method = Method::from_bytes(method.as_bytes()).expect("a method");
+        let url = format!("{}/api2/json{path}", self.get("endpoint"));
         let token = fs::read_to_string(self.get("admin_token_file")).expect("read the token");
-        let mut config = format!(
-            "header = \"Authorization: PVEAPIToken={}\"\ncacert = \"{}\"\n",
-            token.trim(),
-            self.get("ca_file")
-        );
-        config.push_str("silent\nshow-error\nmax-time = 30\nwrite-out = \"\\n%{http_code}\"\n");
-        let mut command = Command::new("curl");
-        command.args(["--config", "-", "--noproxy", "*", "--request", method]);
-        for (name, value) in form {
-            command.arg("--data-urlencode").arg(format!("{name}={value}"));
+        let mut request = self
+            .client
+            .request(method.clone(), url)
+            .header(AUTHORIZATION, format!("PVEAPIToken={}", token.trim()));
+        if !form.is_empty() {
+            request = request.form(form);
         }
-        command.arg(format!("{}/api2/json{path}", self.get("endpoint")));
-        let text = Running::spawn(&mut command, Some(config.as_bytes())).wait().ok().text();
-        let (body, status) = text.rsplit_once('\n').expect("curl wrote the status");
-        let body: Value = serde_json::from_str(body).unwrap_or(Value::Null);
-        (status.parse().expect("a status"), body["data"].clone())
+        let answer = request.send().unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        let status = answer.status().as_u16();
+        let body = answer.bytes().unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+        (status, body["data"].clone())
     }
 
     /// A request that must succeed.

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 
 use proxmox_shim_init::protocol::{BINARY_NAME, CT_DIR, CT_PROC_DIR};
 
+use crate::lxc::device_access::{self, DeviceAccess};
 use crate::oci::Cgroups;
-use crate::oci::plan::{DeviceKind, DeviceRule, Namespace, Plan, UserNamespace};
+use crate::oci::plan::{DeviceRule, Namespace, Plan, UserNamespace};
 
 /// The socket directory's name in a run directory.
 pub const CTL_DIR: &str = "ctl";
@@ -69,12 +70,9 @@ pub enum Error {
     /// The plan joins a cgroup namespace.
     #[error("LXC cannot join the cgroup namespace {}", path.display())]
     CgroupNamespace { path: PathBuf },
-    /// A device rule takes back a part of an earlier one.
-    #[error(
-        "linux.resources.devices: the rule for {later} takes back a part of the one for {earlier}, \
-         which the kernel cannot express; list what is wanted instead"
-    )]
-    DeviceRule { earlier: String, later: String },
+    /// The device rules cannot be kept.
+    #[error(transparent)]
+    Devices(#[from] device_access::Error),
 }
 
 /// Keys that are cleared: what an earlier file sets would act on init, or twice.
@@ -249,11 +247,6 @@ fn cgroup(config: &mut Config, plan: &Plan, vmid: u32) -> Result<(), Error> {
 }
 
 /// Only the node's own family of keys is written: LXC 7 does not know the one of cgroup v1 any more.
-///
-/// In OCI the last rule that matches wins. Neither family works like that: cgroup v1 forgets an
-/// exception only if a later rule names exactly the same devices, and the program that LXC makes for
-/// cgroup2 obeys the first match. So all that is written is a default and exceptions from it, whose
-/// order does not matter.
 fn devices(config: &mut Config, rules: &[DeviceRule], version: CgroupVersion) -> Result<(), Error> {
     let (allow, deny) = match version {
         CgroupVersion::V1 => ("lxc.cgroup.devices.allow", "lxc.cgroup.devices.deny"),
@@ -261,53 +254,13 @@ fn devices(config: &mut Config, rules: &[DeviceRule], version: CgroupVersion) ->
     };
     config.set(allow, "")?;
     config.set(deny, "")?;
-
-    // A rule for all devices makes everything before it void. Without one all are denied, as in
-    // runc.
-    let last_all = rules.iter().rposition(|rule| rule.kind == DeviceKind::All);
-    let allow_all = last_all.is_some_and(|index| rules[index].allow);
-    config.set(if allow_all { allow } else { deny }, "a")?;
-    let (_, rules) = rules.split_at(last_all.map_or(0, |index| index + 1));
-    for exception in exceptions(rules, allow_all)? {
-        let line = format!("{} {}", numbers(&exception), exception.access);
-        config.set(if allow_all { deny } else { allow }, &line)?;
+    let DeviceAccess { allows_all, exceptions } = DeviceAccess::of(rules, version)?;
+    let (default, except) = if allows_all { (allow, deny) } else { (deny, allow) };
+    config.set(default, "a")?;
+    for exception in exceptions {
+        config.set(except, &format!("{} {}", exception.devices(), exception.access))?;
     }
     Ok(())
-}
-
-/// What differs from the default, as the last of the matching rules has it.
-fn exceptions(rules: &[DeviceRule], allow_all: bool) -> Result<Vec<DeviceRule>, Error> {
-    let mut exceptions: Vec<DeviceRule> = Vec::new();
-    for rule in rules {
-        if rule.allow != allow_all {
-            exceptions.push(rule.clone());
-            continue;
-        }
-        // Back to the default.
-        for earlier in exceptions.iter_mut().filter(|earlier| earlier.kind == rule.kind) {
-            let covers = |wide: Option<u32>, narrow| wide.is_none() || wide == narrow;
-            let overlaps = |a: Option<u32>, b| covers(a, b) || b.is_none();
-            let shares = earlier.access.contains(|c| rule.access.contains(c));
-            if covers(rule.major, earlier.major) && covers(rule.minor, earlier.minor) {
-                earlier.access.retain(|c| !rule.access.contains(c));
-            } else if shares
-                && overlaps(rule.major, earlier.major)
-                && overlaps(rule.minor, earlier.minor)
-            {
-                let (earlier, later) = (numbers(earlier), numbers(rule));
-                return Err(Error::DeviceRule { earlier, later });
-            }
-        }
-        exceptions.retain(|exception| !exception.access.is_empty());
-    }
-    Ok(exceptions)
-}
-
-/// The devices of a rule in the syntax of both families.
-fn numbers(rule: &DeviceRule) -> String {
-    let number = |number: Option<u32>| number.map_or("*".to_owned(), |n| n.to_string());
-    let kind = if rule.kind == DeviceKind::Block { 'b' } else { 'c' };
-    format!("{kind} {}:{}", number(rule.major), number(rule.minor))
 }
 
 /// The only place that makes lines.

@@ -4,6 +4,8 @@ pub mod cgroup;
 pub mod command_socket;
 pub mod config;
 pub mod detached;
+pub mod device_access;
+pub mod device_control;
 pub mod devices;
 pub mod exec;
 pub mod exit;

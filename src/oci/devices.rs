@@ -143,11 +143,12 @@ pub(super) fn rules(spec: &Document) -> Result<Vec<DeviceRule>, Error> {
                     Error::invalid(format!("{field}.{name}"), "is not a device number")
                 }),
             };
+            // In one order: LXC compares it as text.
+            let access: String = "rwm".chars().filter(|c| access.contains(*c)).collect();
             let (major, minor) = (number("major", rule.major())?, number("minor", rule.minor())?);
             // Without a type, or with type a, a rule is for all devices whatever else it says; to
             // deny more than was meant is safe, to allow more is not.
-            let all_of_all =
-                major.is_none() && minor.is_none() && "rwm".chars().all(|c| access.contains(c));
+            let all_of_all = major.is_none() && minor.is_none() && access == "rwm";
             if kind == DeviceKind::All && rule.allow() && !all_of_all {
                 return Err(Error::invalid(
                     format!("{field}.type"),

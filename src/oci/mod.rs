@@ -42,7 +42,7 @@ pub use error::Error;
 pub use fields::{FIELDS, Field, Place, SetField, Verdict};
 pub use host::{Cgroups, Host, is_placeholder};
 pub use process::Exec;
-pub use resources::update;
+pub use resources::{Update, update};
 pub use seccomp::Programs;
 
 use document::Document;

@@ -7,32 +7,34 @@ use oci_spec::runtime::{
 };
 
 use super::document::Document;
-use super::plan::{Limit, Plan, Resources};
+use super::plan::{DeviceRule, Limit, Plan, Resources};
 use super::{Error, Host, devices, fields};
 
-/// The limits of an Update request for a container: the JSON of an OCI `LinuxResources` object. What
-/// it does not set stays as it is.
-///
-/// Clients repeat the container's device rules in it. Others are refused: the program that enforces
-/// them belongs to LXC, which puts it in place only at the start.
+/// What an Update request changes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Update {
+    pub resources: Resources,
+    /// In the place of [`Plan::device_rules`].
+    pub device_rules: Option<Vec<DeviceRule>>,
+}
+
+/// Reads an Update request for a container: the JSON of an OCI `LinuxResources` object. What it does
+/// not set stays as it is.
 ///
 /// # Errors
 /// As [`super::plan()`].
-pub fn update(json: &[u8], container: &Plan, host: &Host) -> Result<Resources, Error> {
+pub fn update(json: &[u8], container: &Plan, host: &Host) -> Result<Update, Error> {
     let spec = Document::parse_resources(json)?;
     let mut warnings = fields::check(&spec)?;
     let rules = devices::rules(&spec)?;
-    if !rules.is_empty() && rules != container.device_rules[..container.specified_device_rules] {
-        return Err(Error::unsupported(
-            "linux.resources.devices in an update",
-            "the devices of a running container cannot be changed; create it again with them",
-        ));
-    }
     let resources = read(&spec, host, &mut warnings)?;
     for warning in warnings {
         log::warn!("update: {warning}");
     }
-    Ok(resources)
+    // The runtime's own rules stay.
+    let own = &container.device_rules[container.specified_device_rules..];
+    let device_rules = (!rules.is_empty()).then(|| [&rules, own].concat());
+    Ok(Update { resources, device_rules })
 }
 
 pub(super) fn read(
@@ -200,6 +202,7 @@ fn unified(spec: &Document, host: &Host) -> Result<BTreeMap<String, String>, Err
 #[cfg(test)]
 mod tests {
     use super::super::Cgroups;
+    use super::super::plan::DeviceKind;
     use super::super::tests::host;
     use super::*;
 
@@ -214,7 +217,8 @@ mod tests {
     }
 
     fn read_json(json: &str, host: &Host) -> Result<Resources, String> {
-        update(json.as_bytes(), &plan(), host).map_err(|error| error.to_string())
+        let update = update(json.as_bytes(), &plan(), host).map_err(|error| error.to_string())?;
+        Ok(update.resources)
     }
 
     #[test]
@@ -260,21 +264,26 @@ mod tests {
     }
 
     #[test]
-    fn an_update_may_repeat_device_rules_but_not_change_them() {
+    fn an_update_replaces_the_specified_device_rules_only() {
         let plan = plan();
+        let rules = |json: &str| update(json.as_bytes(), &plan, &host()).unwrap().device_rules;
+        assert_eq!(rules(r#"{"pids":{"limit":5}}"#), None);
+        assert_eq!(rules(r#"{"devices":[]}"#), None);
         let whole: serde_json::Value = serde_json::from_str(SPEC).unwrap();
-        let rules = whole["linux"]["resources"]["devices"].as_array().unwrap();
-        let apply = |rules: &[serde_json::Value]| {
-            let json = serde_json::json!({ "devices": rules, "pids": { "limit": 5 } }).to_string();
-            update(json.as_bytes(), &plan, &host())
+        let repeated = serde_json::json!({ "devices": whole["linux"]["resources"]["devices"] });
+        assert_eq!(rules(&repeated.to_string()).as_ref(), Some(&plan.device_rules));
+        let other =
+            rules(r#"{"devices":[{"allow":true,"type":"c","major":1,"minor":11,"access":"wr"}]}"#)
+                .unwrap();
+        let rule = DeviceRule {
+            allow: true,
+            kind: DeviceKind::Char,
+            major: Some(1),
+            minor: Some(11),
+            access: "rw".to_owned(),
         };
-        assert_eq!(apply(rules).unwrap().pids_limit, Some(Limit::Value(5)));
-        assert_eq!(apply(&[]).unwrap().pids_limit, Some(Limit::Value(5)));
-        let more = [rules.as_slice(), &rules[..1]].concat();
-        for other in [&rules[..1], &rules[1..], more.as_slice()] {
-            let error = apply(other).unwrap_err().to_string();
-            assert!(error.starts_with("linux.resources.devices in an update is not"), "{error}");
-        }
+        let runtimes_own = &plan.device_rules[plan.specified_device_rules..];
+        assert_eq!(other, [&[rule], runtimes_own].concat());
     }
 
     #[test]

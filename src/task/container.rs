@@ -20,8 +20,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Event;
+use crate::lxc::device_access::DeviceAccess;
 use crate::lxc::exit::{self, Exit};
-use crate::lxc::{exec, init};
+use crate::lxc::{device_control, exec, init};
 use crate::oci::{self, plan::Resources};
 use crate::sys;
 use crate::sys::pidfd::{self, ExitStatus};
@@ -459,13 +460,14 @@ impl Actor {
 
     fn update(&mut self, resources: &[u8], reply: Reply<()>) {
         let begin = self.live().and_then(|ct| {
-            let resources = oci::update(resources, &ct.plan, &ct.host)?;
-            Ok((ct, resources))
+            let wanted = oci::update(resources, &ct.plan, &ct.host)?;
+            Ok((ct, wanted))
         });
         match begin {
             Err(error) => answer(reply, Err(error)),
-            Ok((ct, resources)) => self
-                .job(async move { Done::Updated { result: update(&ct, resources).await, reply } }),
+            Ok((ct, wanted)) => {
+                self.job(async move { Done::Updated { result: update(&ct, wanted).await, reply } })
+            }
         }
     }
 
@@ -930,8 +932,32 @@ async fn execute(session: init::Session, ct: &RunningCt, pid: i32, status: &str)
     Ok(session.executed().await?)
 }
 
+/// Devices first: they can be taken back, limits cannot.
+async fn update(ct: &RunningCt, wanted: oci::Update) -> Result<()> {
+    let changed = match wanted.device_rules {
+        Some(rules) => {
+            let (devices, version) = (ct.devices.clone(), (&ct.host.cgroups).into());
+            let change = move || {
+                let access =
+                    DeviceAccess::of(&rules, version).map_err(device_control::Error::from)?;
+                Ok(devices.change(&access)?)
+            };
+            Some(blocking(change).await?)
+        }
+        None => None,
+    };
+    let limited = limit(ct, wanted.resources).await;
+    if let (Err(_), Some(changed)) = (&limited, changed) {
+        let devices = ct.devices.clone();
+        if let Err(error) = blocking(move || Ok(devices.take_back(&changed)?)).await {
+            log::warn!("the former devices of CT {}: {}", ct.vmid, sentence(&error));
+        }
+    }
+    limited
+}
+
 /// Proxmox first: it may refuse, and its own live change of the cgroup must not come last.
-async fn update(ct: &RunningCt, resources: Resources) -> Result<()> {
+async fn limit(ct: &RunningCt, resources: Resources) -> Result<()> {
     let (cgroup, checked) = (ct.cgroup.clone(), resources.clone());
     blocking(move || Ok(cgroup.check_usage(&checked)?)).await?;
     let former = ct.show_limits(&resources).await?;

@@ -17,6 +17,8 @@ use crate::config::{Config, Vmid};
 use crate::ledger::{self, Poststop, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::detached::DetachedMount;
+use crate::lxc::device_access::DeviceAccess;
+use crate::lxc::device_control::DeviceControl;
 use crate::lxc::exit::{self, Exit};
 use crate::lxc::rootfs::RootfsMount;
 use crate::lxc::{self, cgroup, detached, init, rootfs};
@@ -78,6 +80,7 @@ pub struct RunningCt {
     pub pid: i32,
     pub pidfd: Arc<AsyncFd<OwnedFd>>,
     pub cgroup: Arc<Cgroup>,
+    pub devices: Arc<DeviceControl>,
     /// `CLONE_NEW*` flags of the namespaces that an exec has to enter.
     pub exec_namespaces: u32,
     oom: tokio::sync::Mutex<Option<OomWatch>>,
@@ -222,6 +225,15 @@ impl Building {
             .await?
         };
         let oom = cgroup.watch_oom().inspect_err(|e| log::warn!("OOM kills go unseen: {e}")).ok();
+        let cgroup = Arc::new(cgroup);
+        let access = DeviceAccess::of(&plan.device_rules, (&self.env.host.cgroups).into())
+            .map_err(lxc::config::Error::from)?;
+        let device_control = DeviceControl {
+            vmid: vmid.get(),
+            init: pid,
+            cgroup: cgroup.clone(),
+            access: std::sync::Mutex::new(access),
+        };
         let ct = RunningCt {
             vmid,
             id: request.id.clone(),
@@ -237,7 +249,8 @@ impl Building {
                 sys::watch(connected.pidfd)
                     .map_err(|source| Error::Io { action: "watch the CT's init", source })?,
             ),
-            cgroup: Arc::new(cgroup),
+            cgroup,
+            devices: Arc::new(device_control),
             exec_namespaces: namespaces,
             oom: tokio::sync::Mutex::new(oom),
             plan,

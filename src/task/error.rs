@@ -86,6 +86,9 @@ pub enum Error {
     /// The devices of a user namespace could not be made.
     #[error(transparent)]
     Devices(#[from] lxc::devices::Error),
+    /// Which devices the container may use could not be changed.
+    #[error(transparent)]
+    DeviceControl(#[from] lxc::device_control::Error),
     /// LXC may not use the ids of a user namespace.
     #[error(transparent)]
     SubordinateIds(#[from] lxc::subordinate_ids::Error),
@@ -150,6 +153,7 @@ impl Error {
             | Self::Config(_)
             | Self::Oci(_)
             | Self::SandboxSpec(_)
+            | Self::DeviceControl(lxc::device_control::Error::Access(_))
             | Self::Member(member::Error::OfTheNode { .. }) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Cancelled { .. } => Code::CANCELLED,
@@ -176,6 +180,7 @@ impl Error {
             | Self::Image(_)
             | Self::Detached(_)
             | Self::Devices(_)
+            | Self::DeviceControl(_)
             | Self::Stdio(_)
             | Self::Hook(_)
             | Self::SeccompAgent(_)

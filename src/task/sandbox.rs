@@ -247,7 +247,8 @@ impl Actor {
         if !self.phase.is_alive() {
             return Err(Error::Finished);
         }
-        let resources = oci::update(resources, plan, &self.env.host)?;
+        // Its process never opens a device.
+        let oci::Update { resources, .. } = oci::update(resources, plan, &self.env.host)?;
         let cgroup = pod.cgroup.clone();
         blocking(move || {
             cgroup.check_usage(&resources)?;

@@ -10,6 +10,7 @@
 //! block for as long as the kernel reclaims memory.
 
 mod create;
+mod devices;
 mod hierarchy;
 mod limits;
 mod metrics;

@@ -143,69 +143,10 @@ fn values_that_the_parser_would_change_are_refused() {
     }
 }
 
-#[test]
-fn device_rules_keep_their_meaning() {
-    let rule = |allow, kind, major, access: &str| DeviceRule {
-        allow,
-        kind,
-        major,
-        minor: None,
-        access: access.to_owned(),
-    };
-    let lines = |rules: &[DeviceRule]| {
-        let mut config = Config::default();
-        devices(&mut config, rules, CgroupVersion::V1).unwrap();
-        let lines: Vec<String> = config
-            .text
-            .lines()
-            .skip(2)
-            .map(|line| line.replace("lxc.cgroup.devices.", ""))
-            .collect();
-        lines
-    };
-    use DeviceKind::{All, Block, Char};
-    assert_eq!(lines(&[]), ["deny = a"]);
-    assert_eq!(
-        lines(&[
-            rule(true, Char, Some(9), "r"),
-            rule(false, All, None, "rwm"),
-            rule(false, Char, Some(1), "rwm"),
-            rule(true, Char, Some(1), "rwm"),
-            rule(true, Block, None, "m"),
-            rule(false, Char, Some(1), "w"),
-        ]),
-        ["deny = a", "allow = c 1:* rm", "allow = b *:* m"]
-    );
-    assert_eq!(
-        lines(&[
-            rule(false, All, None, "rwm"),
-            rule(true, All, None, "rwm"),
-            rule(true, Char, Some(1), "rwm"),
-            rule(false, Block, Some(8), "w"),
-        ]),
-        ["allow = a", "deny = b 8:* w"]
-    );
-    assert_eq!(
-        lines(&[
-            rule(true, All, None, "rwm"),
-            rule(false, Char, Some(1), "rw"),
-            rule(false, Block, Some(8), "rwm"),
-            rule(true, Char, None, "r"),
-            rule(true, Block, Some(8), "rwm"),
-        ]),
-        ["allow = a", "deny = c 1:* w"]
-    );
-    // No part of a wildcard can be taken back: last must not silently become first.
-    let hole = DeviceRule { minor: Some(229), ..rule(false, Char, Some(10), "rw") };
-    let rules = [rule(true, Char, Some(10), "rwm"), hole.clone()];
-    let error = devices(&mut Config::default(), &rules, CgroupVersion::V2).unwrap_err();
-    assert!(error.to_string().contains("c 10:229") && error.to_string().contains("c 10:*"));
-    assert_eq!(lines(&[rule(true, Char, Some(10), "m"), hole]), ["deny = a", "allow = c 10:* m"]);
-}
-
 /// Every key that may appear.
 fn is_known_key(key: &str) -> bool {
-    const MORE: [&str; 25] = [
+    const MORE: [&str; 26] = [
+        "lxc.idmap",
         "lxc.init.uid",
         "lxc.init.gid",
         "lxc.no_new_privs",

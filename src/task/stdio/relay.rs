@@ -3,10 +3,10 @@
 //! A file is never handed to the process itself: through the descriptor it could truncate the log, or
 //! change the mode of what is the host's.
 //!
-//! To a FIFO //! the bytes are moved by splice(2): the pages that the process has filled go from one pipe into the
-//! other, and nobody copies them. Only a few bytes are copied instead, since a spliced page takes one of
-//! the FIFO's 16 places however little it holds: 16 words, each written when the one before had been
-//! moved, would fill a FIFO that nobody reads at the moment.
+//! To a FIFO the bytes are moved by splice(2): the pages that the process has filled go from one pipe
+//! into the other, and nobody copies them. Only a few bytes are copied instead, since a spliced page takes
+//! one of the FIFO's 16 places however little it holds: 16 words, each written when the one before had
+//! been moved, would fill a FIFO that nobody reads at the moment.
 //!
 //! While the FIFO is full nothing is taken from the pipe, and when that is full too the process waits, as
 //! it would with the FIFO itself.

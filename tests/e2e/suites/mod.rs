@@ -8,6 +8,7 @@ mod config;
 mod crash;
 mod cri;
 mod delete;
+mod devices;
 mod events;
 mod exec;
 mod exit;
@@ -103,6 +104,7 @@ pub fn all(setting: &Setting) -> Vec<Case> {
         exec::cases,
         signals::cases,
         limits::cases,
+        devices::cases,
         oci::cases,
         process::cases,
         apparmor::cases,

@@ -54,6 +54,10 @@ use uri::Stream;
 const RELEASE_POLL: Duration = Duration::from_millis(1);
 const RELEASE_POLL_MAX: Duration = Duration::from_millis(50);
 
+/// How long an ended process's output may wait for a client that has not read it yet. Once the end is
+/// known that client deletes the process, and gives up opening the FIFO if it has not come to that.
+const READ_LIMIT: Duration = Duration::from_secs(2);
+
 /// What can go wrong with stdio.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -245,9 +249,9 @@ impl Stdio {
 
     /// Call it when the process has ended. The future, which borrows nothing, is done when all output has
     /// been passed on: a terminal's to the last byte, a relayed stream's until nobody has written for 100 ms
-    /// if others have it open, a logger's as far as the logger has ended (for at most 2 s). Without any
-    /// of them there is nothing to wait for. After `bound` it gives up: some other process still has the
-    /// terminal open, or goes on writing, or nobody reads.
+    /// if others have it open, a logger's as far as the logger has ended (for at most 2 s), and until the
+    /// FIFOs have been read (for at most 2 s, too). After `bound` it gives up: some other process still
+    /// has the terminal open, or goes on writing, or nobody reads.
     pub fn drain(&mut self, bound: Duration) -> impl Future<Output = ()> + Send + 'static + use<> {
         // A logger or a relay would wait for the end of these.
         self.child = None;
@@ -256,6 +260,8 @@ impl Stdio {
         let relays = self.relays.iter_mut().filter_map(Relay::ended);
         let copies: Vec<_> = terminal.into_iter().chain(relays).collect();
         let loggers: Vec<_> = self.loggers.iter().map(|logger| logger.ended(bound)).collect();
+        // Too many open files: as if nobody read.
+        let fifos: Vec<_> = self.output_holds.iter().flat_map(OwnedFd::try_clone).collect();
         async move {
             let all = async {
                 for copy in copies {
@@ -269,6 +275,12 @@ impl Stdio {
             if timeout(bound, all).await.is_err() {
                 warn!("output is still open {} s after the process has ended", bound.as_secs());
             }
+            let read = async {
+                for fifo in &fifos {
+                    until_read(fifo).await;
+                }
+            };
+            let _ = timeout(bound.min(READ_LIMIT), read).await;
         }
     }
 
@@ -409,16 +421,20 @@ impl Stdio {
 /// process has ended. So the hold, which is a reader too, stays while there are bytes in it; and a
 /// writer stays until somebody reads, because a client that opens the FIFO blocking would wait for one.
 async fn release(hold: OwnedFd) {
-    let mut pause = RELEASE_POLL;
-    while pipe_holds_bytes(&hold) {
-        sleep(pause).await;
-        pause = (pause * 2).min(RELEASE_POLL_MAX);
-    }
+    until_read(&hold).await;
     let path = PathBuf::from(format!("/proc/self/fd/{}", hold.as_raw_fd()));
     let Ok(writer) = open(&path, OpenOptions::new().write(true), libc::O_NONBLOCK) else { return };
     drop(hold);
-    pause = RELEASE_POLL;
+    let mut pause = RELEASE_POLL;
     while has_no_reader(&writer) {
+        sleep(pause).await;
+        pause = (pause * 2).min(RELEASE_POLL_MAX);
+    }
+}
+
+async fn until_read(fifo: &OwnedFd) {
+    let mut pause = RELEASE_POLL;
+    while pipe_holds_bytes(fifo) {
         sleep(pause).await;
         pause = (pause * 2).min(RELEASE_POLL_MAX);
     }

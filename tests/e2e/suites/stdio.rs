@@ -293,11 +293,11 @@ fn a_reader_that_comes_late_gets_everything(t: &Test) {
     assert_eq!(late(&io.stdout), "first\n");
     starting.join().expect("the container starts");
 
-    let process = serde_json::json!({
+    let short = serde_json::json!({
         "args": ["echo", "short"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
     });
     let io = fifos("exec");
-    let (other, streams) = (shim.clone(), io.clone());
+    let (other, streams, process) = (shim.clone(), io.clone(), short.clone());
     let starting = std::thread::spawn(move || {
         other.exec("late", &process, &streams).expect("exec");
         other.start("late").expect("start of the exec");
@@ -306,6 +306,20 @@ fn a_reader_that_comes_late_gets_everything(t: &Test) {
     let _errors = fs::File::options().read(true).write(true).open(&io.stderr).expect("open");
     assert_eq!(late(&io.stdout), "short\n");
     starting.join().expect("the exec starts");
+
+    // A client deletes what has ended at once.
+    let io = fifos("deleted");
+    let (other, streams) = (shim.clone(), io.clone());
+    let running = std::thread::spawn(move || {
+        other.exec("deleted", &short, &streams).expect("exec");
+        other.start("deleted").expect("start of the exec");
+        other.wait("deleted").expect("wait for the exec");
+        other.delete("deleted").expect("delete the exec");
+    });
+    pause();
+    let _errors = fs::File::options().read(true).write(true).open(&io.stderr).expect("open");
+    assert_eq!(late(&io.stdout), "short\n");
+    running.join().expect("the exec ends");
     shim.finish();
     driver.remove_bundle(&id);
 }

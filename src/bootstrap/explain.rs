@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 use crate::lxc::config::{self, Layout};
+use crate::lxc::detached;
+use crate::oci::plan::{Plan, PlannedMount};
 use crate::oci::{self, Explanation, Verdict};
 
 /// The answer.
@@ -53,10 +55,21 @@ fn render(explanation: &Explanation) -> Explained {
                 cgroups: (&explanation.host.cgroups).into(),
                 apparmor: explanation.host.apparmor,
             };
-            config::render(plan, &layout).err().map(|error| error.to_string())
+            let rendered = config::render(plan, &layout).err().map(|error| error.to_string());
+            rendered.or_else(|| missing_source(plan))
         }
     };
     Explained { text, refusal }
+}
+
+/// The first bind mount of something that is not there.
+fn missing_source(plan: &Plan) -> Option<String> {
+    plan.mounts.iter().find_map(|mount| match mount {
+        PlannedMount::Bind { source, destination, .. } => {
+            detached::check_source(source, destination).err().map(|error| error.to_string())
+        }
+        _ => None,
+    })
 }
 
 /// Elements of a list share a line unless something is wrong with one of them.
@@ -138,5 +151,16 @@ mod tests {
         let empty = tempfile::tempdir().unwrap();
         let error = run(empty.path()).err().unwrap().to_string();
         assert!(error.contains("config.json"), "{error}");
+    }
+
+    #[test]
+    fn a_bind_mount_of_nothing_is_refused() {
+        let mount = |source: &str| {
+            let mount = r#""destination":"/m","type":"bind","options":["rbind"]"#;
+            minimal("", &format!(r#","mounts":[{{{mount},"source":"{source}"}}]"#))
+        };
+        assert_eq!(explain(&mount("/proc")).refusal, None);
+        let refusal = explain(&mount("/no/such/file")).refusal.unwrap();
+        assert!(refusal.contains("/no/such/file") && refusal.contains("\"/m\""), "{refusal}");
     }
 }

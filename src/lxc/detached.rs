@@ -108,6 +108,18 @@ pub fn open(
     Ok(mount)
 }
 
+/// Whether there is what [`open`] would mount.
+///
+/// # Errors
+/// [`Error::Open`].
+pub fn check_source(source: &Path, destination: &str) -> Result<(), Error> {
+    source.metadata().map(|_| ()).map_err(|error| Error::Open {
+        path: source.to_owned(),
+        destination: destination.to_owned(),
+        source: error,
+    })
+}
+
 fn apply(
     mount: &OwnedFd,
     recursive: bool,

@@ -44,8 +44,8 @@ pub enum Error {
 #[derive(Debug)]
 pub struct DeviceControl {
     pub vmid: u32,
-    /// The host's pid of PID 1.
-    pub init: i32,
+    /// The host's pid of its lxc-start.
+    pub monitor: i32,
     pub cgroup: Arc<Cgroup>,
     /// What holds now. Held while it is being changed, so that one change comes after the other.
     pub access: Mutex<DeviceAccess>,
@@ -115,15 +115,12 @@ impl DeviceControl {
     }
 
     /// Below which LXC keeps its containers. The socket at which the CT's lxc-start listens has it in
-    /// its name, and lxc-start is the parent of PID 1.
+    /// its name.
     fn lxc_path(&self) -> Result<String, Error> {
         let refuse = |reason| Error::CommandSocket { vmid: self.vmid, reason };
-        let read = |path: String| {
-            fs::read_to_string(&path).map_err(|error| refuse(format!("read {path}: {error}")))
-        };
-        let stat = read(format!("/proc/{}/stat", self.init))?;
-        let monitor = parent(&stat).ok_or_else(|| refuse("PID 1 has no parent".to_owned()))?;
-        let table = read(format!("/proc/{monitor}/net/unix"))?;
+        let monitor = self.monitor;
+        let table = fs::read_to_string(format!("/proc/{monitor}/net/unix"))
+            .map_err(|error| refuse(format!("read the sockets of {monitor}: {error}")))?;
         let open: Vec<_> = fs::read_dir(format!("/proc/{monitor}/fd"))
             .map_err(|error| refuse(format!("list the descriptors of {monitor}: {error}")))?
             .flatten()
@@ -165,12 +162,6 @@ impl DeviceControl {
     }
 }
 
-/// The parent's pid, from `/proc/<pid>/stat`.
-fn parent(stat: &str) -> Option<u32> {
-    // The name before it may hold anything.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-}
-
 /// The sockets of LXC for a CT in `/proc/net/unix`: what a descriptor of one links to, and LXC's path.
 fn command_sockets(table: &str, vmid: u32) -> impl Iterator<Item = (String, &str)> {
     table.lines().filter_map(move |line| {
@@ -184,12 +175,6 @@ fn command_sockets(table: &str, vmid: u32) -> impl Iterator<Item = (String, &str
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_parent_is_found_behind_any_name() {
-        assert_eq!(parent("700 (a) S 1 (b)) S 4711 700 0"), Some(4711));
-        assert_eq!(parent("700 (a"), None);
-    }
 
     #[test]
     fn command_sockets_of_a_ct() {

@@ -170,7 +170,7 @@ impl Building {
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
         let (planned, dir) = (plan.clone(), self.dir.clone());
-        let bundle = request.bundle.clone();
+        let (bundle, init) = (request.bundle.clone(), self.env.init_path.clone());
         let devices = blocking(move || {
             make_mount_point(&mounts, &target)?;
             let Some(user) = &planned.user_namespace else {
@@ -178,7 +178,7 @@ impl Building {
                 lxc::image::check(&planned.root_path)?;
                 return Ok(Vec::new());
             };
-            let prepared = user_namespace::prepare(user, &planned, &dir, &bundle)?;
+            let prepared = user_namespace::prepare(user, &planned, &dir, &bundle, &init)?;
             let mounts = user_namespace::rootfs(mounts, &planned.root_path, &target)?;
             rootfs::mount(&mounts, &target, Some(&prepared.ids))?;
             lxc::image::check(&target)?;
@@ -230,7 +230,7 @@ impl Building {
             .map_err(lxc::config::Error::from)?;
         let device_control = DeviceControl {
             vmid: vmid.get(),
-            init: pid,
+            monitor,
             cgroup: cgroup.clone(),
             access: std::sync::Mutex::new(access),
         };

@@ -92,6 +92,13 @@ pub enum Error {
     /// LXC may not use the ids of a user namespace.
     #[error(transparent)]
     SubordinateIds(#[from] lxc::subordinate_ids::Error),
+    /// LXC, as root of a user namespace, could not use a file.
+    #[error(
+        "LXC reaches {} as user {uid} of the node, who may not execute or pass {}: allow it (chmod o+x), \
+         or put it in another place",
+        path.display(), part.display()
+    )]
+    Unreachable { path: PathBuf, part: PathBuf, uid: u32 },
     /// The process's stdio could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::task::stdio::Error),
@@ -167,7 +174,7 @@ impl Error {
                 ClaimError::Write { .. } | ClaimError::Counter { .. } => Code::UNKNOWN,
             },
             Self::Ledger(ledger::Error::Exists { .. }) => Code::ALREADY_EXISTS,
-            Self::SubordinateIds(_) => Code::FAILED_PRECONDITION,
+            Self::SubordinateIds(_) | Self::Unreachable { .. } => Code::FAILED_PRECONDITION,
             Self::StartTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Sandbox(error) => sandbox_code(error),
             Self::ShuttingDown => Code::UNAVAILABLE,

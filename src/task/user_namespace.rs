@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use nix::libc;
@@ -11,7 +11,7 @@ use proxmox_shim_init::protocol::{Device, Process};
 use crate::ledger::RunDir;
 use crate::lxc::rootfs::{RootfsMount, UserIds};
 use crate::lxc::{devices, subordinate_ids};
-use crate::oci::plan::{Plan, UserNamespace};
+use crate::oci::plan::{IdMappings, Plan, UserNamespace};
 use crate::sys::limits;
 use crate::task::error::{Error, Result};
 
@@ -32,18 +32,56 @@ pub fn nodes(devices: &[Device]) -> impl Iterator<Item = &Device> {
 /// paths, as root of that namespace. Blocks.
 ///
 /// # Errors
-/// LXC may not use the ids, or a system call failed.
-pub fn prepare(user: &UserNamespace, plan: &Plan, dir: &RunDir, bundle: &Path) -> Result<Prepared> {
+/// LXC may not use the ids, or cannot reach a file with them, or a system call failed.
+pub fn prepare(
+    user: &UserNamespace,
+    plan: &Plan,
+    dir: &RunDir,
+    bundle: &Path,
+    init: &Path,
+) -> Result<Prepared> {
     subordinate_ids::check(&user.mappings)?;
     // The plan has made sure that there is one.
     let group = user.mappings.host_gid(0).unwrap_or_default();
     dir.admit(group)?;
     admit(bundle, group)
         .map_err(|source| Error::Io { action: "let the CT's root pass the bundle", source })?;
+    for path in [init, dir.path(), bundle] {
+        reachable(path, &user.mappings)?;
+    }
     let ids = UserIds::new(user.mappings.clone())
         .map_err(|source| Error::Io { action: "make a user namespace for id mappings", source })?;
     let nodes: Vec<Device> = nodes(&plan.devices).cloned().collect();
     Ok(Prepared { ids, devices: devices::open(&nodes, &user.mappings, dir.path())? })
+}
+
+/// Whether the root of a user namespace may pass all directories on a path, and execute what it names
+/// or, if that is a directory, pass it too.
+fn reachable(path: &Path, mappings: &IdMappings) -> Result<()> {
+    let path = path.canonicalize().map_err(|source| Error::Io {
+        action: "resolve a path that LXC needs in a user namespace",
+        source,
+    })?;
+    let (uid, gid) = (mappings.host_uid(0), mappings.host_gid(0));
+    for part in path.ancestors() {
+        let meta = part.metadata().map_err(|source| Error::Io {
+            action: "look at a path that LXC needs in a user namespace",
+            source,
+        })?;
+        let execute = match () {
+            () if uid == Some(meta.uid()) => 0o100,
+            () if gid == Some(meta.gid()) => 0o010,
+            () => 0o001,
+        };
+        if meta.mode() & execute == 0 {
+            return Err(Error::Unreachable {
+                path: path.clone(),
+                part: part.to_owned(),
+                uid: uid.unwrap_or_default(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// What containerd itself does with the bundle of a container that it knows to have a user namespace.
@@ -140,4 +178,47 @@ pub fn host_uid(user: &UserNamespace, uid: u32) -> Result<u32> {
         field: "process.user.uid",
         reason: format!("is {uid}, which the container's user namespace does not map"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+
+    use super::*;
+    use crate::oci::plan::IdMapping;
+
+    #[test]
+    fn the_part_of_a_path_that_cannot_be_passed_is_named() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().canonicalize().unwrap().join("a");
+        let file = directory.join("init");
+        fs::create_dir(&directory).unwrap();
+        fs::write(&file, "").unwrap();
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        };
+        mode(place.path(), 0o711);
+        let (uid, gid) = (fs::metadata(&file).unwrap().uid(), fs::metadata(&file).unwrap().gid());
+        let one = |host| vec![IdMapping { container: 0, host, size: 1 }];
+        let mappings = |uid, gid| IdMappings { uids: one(uid), gids: one(gid) };
+        let stranger = mappings(4_000_000, 4_000_000);
+        let refused_at = |mappings: &IdMappings| match reachable(&file, mappings) {
+            Ok(()) => None,
+            Err(Error::Unreachable { part, .. }) => Some(part),
+            Err(error) => panic!("{error}"),
+        };
+        mode(&directory, 0o711);
+        mode(&file, 0o755);
+        assert_eq!(refused_at(&stranger), None);
+        mode(&file, 0o750);
+        assert_eq!(refused_at(&stranger), Some(file.clone()));
+        assert_eq!(refused_at(&mappings(4_000_000, gid)), None);
+        mode(&file, 0o755);
+        mode(&directory, 0o700);
+        assert_eq!(refused_at(&stranger), Some(directory.clone()));
+        assert_eq!(refused_at(&mappings(uid, 4_000_000)), None);
+        // The owner's bits are for the owner alone.
+        mode(&directory, 0o077);
+        assert_eq!(refused_at(&mappings(uid, 4_000_000)), Some(directory.clone()));
+    }
 }

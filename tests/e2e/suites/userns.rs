@@ -33,6 +33,8 @@ cases!("userns":;
     unprivileged_containers_of_containerd,
     unprivileged_members_of_a_pod_share_namespaces_of_the_node,
     ids_that_lxc_may_not_use_are_named,
+    what_lxc_cannot_reach_is_named,
+    create_container_hooks_run,
     what_a_user_namespace_cannot_have_is_named,
     crash_leaves_nothing,
 );
@@ -644,4 +646,47 @@ fn crash_leaves_nothing(t: &Test) {
     // For removing the bundle, whose directories belong to the mapped root's group.
     let _ = chown(&shim.bundle, Some(0), Some(0));
     driver.remove_bundle(&id);
+}
+
+fn what_lxc_cannot_reach_is_named(t: &Test) {
+    use std::os::unix::fs::PermissionsExt;
+    let hidden = t.file("hidden");
+    fs::create_dir(&hidden).expect("make a directory");
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o700)).expect("hide it");
+    let init = format!("{hidden}/proxmox-shim-init");
+    fs::copy(t.node.root.join("proxmox-shim-init"), &init).expect("copy init");
+    let config = unprivileged(t);
+    let text = fs::read_to_string(&config).expect("read the configuration");
+    let usual = t.node.root.join("proxmox-shim-init").display().to_string();
+    assert!(text.contains(&usual), "{text}");
+    fs::write(&config, text.replace(&usual, &init)).expect("write the configuration");
+    let out = t.run(&["--runtime-config-path", &config], &t.id("a"), &["true"]);
+    assert_ne!(out.code, 0);
+    for part in [hidden.as_str(), init.as_str(), "user 100000"] {
+        assert!(out.stderr.contains(part), "{part}: {}", out.stderr);
+    }
+}
+
+// With the node's files, as root of the container.
+fn create_container_hooks_run(t: &Test) {
+    let directory = t.file("shared");
+    fs::create_dir(&directory).expect("make a directory");
+    chown(&directory, Some(HOST_ROOT), Some(HOST_ROOT)).expect("give it away");
+    let script = format!(
+        "{{ cat /proc/self/uid_map; id -u; pwd; }} > {directory}/report 2>&1; cat > {directory}/state; \
+         echo made by the hook > etc/made"
+    );
+    let id = t.id("a");
+    let text = run(t, &id, "cat /etc/made; stat -c %u /etc/made", |spec| {
+        spec["hooks"] = json!({"createContainer": [
+            {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]},
+        ]});
+    });
+    assert_eq!(text, "made by the hook\n0");
+    let report = fs::read_to_string(format!("{directory}/report")).expect("the hook ran");
+    let words: Vec<_> = report.split_whitespace().collect();
+    assert_eq!(words[..4], ["0", "1000000", "65536", "0"], "{report}");
+    assert!(words[4].ends_with("/rootfs"), "{report}");
+    let state = fs::read_to_string(format!("{directory}/state")).expect("it got the state");
+    assert!(state.contains(&id) && state.contains("\"creating\""), "{state}");
 }

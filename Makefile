@@ -20,10 +20,12 @@ BUILD_PACKAGES := rust gcc libc6-dev libseccomp-dev pkg-config binutils
 RUN_PACKAGES := containerd runc lxc busybox-static e2fsprogs iproute2 curl jq
 # The tests speak gRPC; the simulator unpacks templates, a real client in Python drives it; pods get their network by CNI.
 TEST_PACKAGES := protobuf-compiler zstd xz-utils python3-venv containernetworking-plugins iptables erofs-utils
+FUZZ_PACKAGES := g++
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs
 LINT_PACKAGES := shellcheck mandoc
 
-.PHONY: help build demo test test-vm bench lint install clean deps-build deps-run deps-test deps-vm root
+.PHONY: help build demo test test-vm bench fuzz lint install clean deps-build deps-run deps-test deps-fuzz deps-vm \
+	deps-lint root
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +54,9 @@ test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=na
 bench: root deps-run deps-test build ## Measure the shim beside containerd-shim-runc-v2, and the API client
 	@E2E_BIN=$(CURDIR)/$(OUT) $(CARGO) bench --locked --bench shims
 	@$(CARGO) bench --locked --bench client
+
+fuzz: deps-build deps-fuzz ## Look for inputs that break a parser, FUZZ_SECONDS (60) for each of three
+	@tests/fuzz.sh
 
 lint: deps-build deps-test ## Formatting, lints, documentation, licences, scripts, manual pages
 	@tests/lint.sh
@@ -88,6 +93,9 @@ deps-run:
 
 deps-test:
 	@tests/deps.sh $(TEST_PACKAGES)
+
+deps-fuzz:
+	@tests/deps.sh $(FUZZ_PACKAGES)
 
 deps-vm:
 	@tests/deps.sh $(VM_PACKAGES)

@@ -22,6 +22,8 @@ suites() { # NAME [DIRECTORY]
 if (($# == 0)); then
 	echo "== unit tests"
 	cargo test --locked --workspace --lib --bins
+	echo "== what fuzzing has found"
+	cargo test --locked -p containerd-shim-proxmox-v2 --test fuzz_seeds
 	echo "== init with real LXC, the bootstrap protocol, the client, the simulator and its contract"
 	cargo build --locked -p pve-sim --bins
 	cargo test --locked -p proxmox-shim-init --test ct

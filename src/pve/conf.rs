@@ -313,38 +313,48 @@ impl ParsedConf {
     /// Reads a file's text. As in Proxmox, a line that is none of the known kinds is ignored.
     pub fn parse(text: &str) -> ParsedConf {
         let mut conf = ParsedConf::default();
-        for line in text.split('\n') {
-            if line.starts_with('[') {
-                break;
-            }
+        for line in text.split('\n').take_while(|line| !is_section(line)) {
             if let Some(note) = line.strip_prefix('#') {
                 conf.description.push_str(&decode(note));
                 conf.description.push('\n');
-                continue;
-            }
-            let Some(at) = line.find([':', '=']) else { continue };
-            let (key, value) = (&line[..at], line[at + 1..].trim());
-            let is = |key: &str, more: &[u8]| {
-                key.starts_with(|c: char| c.is_ascii_lowercase())
-                    && key
-                        .bytes()
-                        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || more.contains(&b))
-            };
-            if key.starts_with("lxc.") {
-                let key = key.trim_end();
-                if is(key, b"_-.") {
-                    conf.lxc.push((key.to_owned(), value.to_owned()));
-                }
-            } else if line.as_bytes()[at] == b':' && is(key, b"_") && !value.is_empty() {
-                if key == "description" {
-                    conf.description.push_str(&decode(value));
-                } else {
-                    conf.values.push((key.to_owned(), value.to_owned()));
-                }
+            } else if let Some((key, value)) = raw_line(line) {
+                conf.lxc.push((key.to_owned(), value.to_owned()));
+            } else if let Some(("description", value)) = plain_line(line) {
+                conf.description.push_str(&decode(value));
+            } else if let Some((key, value)) = plain_line(line) {
+                conf.values.push((key.to_owned(), value.to_owned()));
             }
         }
         conf
     }
+}
+
+/// `[pve:pending]` or `[SNAPSHOT]`.
+fn is_section(line: &str) -> bool {
+    let name = line.trim_end().strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    name.is_some_and(|name| {
+        name.eq_ignore_ascii_case("pve:pending")
+            || name.starts_with(|c: char| c.is_ascii_alphabetic())
+                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
+    })
+}
+
+/// `lxc.KEY: VALUE` or `lxc.KEY = VALUE`.
+fn raw_line(line: &str) -> Option<(&str, &str)> {
+    let of_key = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-.".contains(&b);
+    let (key, rest) = line.split_at(line.bytes().position(|b| !of_key(b))?);
+    key.strip_prefix("lxc.").filter(|name| !name.is_empty())?;
+    let value = rest.strip_prefix(':').or_else(|| rest.trim_start().strip_prefix('='))?;
+    Some((key, value.trim()))
+}
+
+/// `KEY: VALUE`, the key in letters and then digits.
+fn plain_line(line: &str) -> Option<(&str, &str)> {
+    let (key, value) = line.split_once(':')?;
+    let (letters, value) = (key.trim_end_matches(|c: char| c.is_ascii_digit()), value.trim());
+    let good = letters.starts_with(|c: char| c.is_ascii_lowercase())
+        && letters.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    (good && !value.is_empty()).then_some((key, value))
 }
 
 /// Why a VMID could not be claimed.

@@ -85,7 +85,7 @@ impl World {
         fs::write(&include, lines).unwrap();
         let description = CtDescription {
             id_map: Vec::new(),
-            hostname: Hostname::from_container_id(&identity.container_id),
+            hostname: Hostname::from_name(&identity.container_id),
             memory_mib: 256,
             swap_mib: 0,
             cpulimit: None,

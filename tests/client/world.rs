@@ -1,8 +1,7 @@
 //! A simulator with a CT of ours on it, and a client of it.
 
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use shim_proxmox::pve::identity::{Id128, Identity};
 use shim_proxmox::pve::{Client, TaskFilter, Upid};
 use tokio::time::Instant;
 
-use crate::simulator::Simulator;
+use crate::simulator::{Simulator, own_vmid};
 
 /// A node, a CT of ours on it, and a client.
 pub struct World {
@@ -23,11 +22,11 @@ pub struct World {
     pub ours: Identity,
 }
 
-/// A VMID of this process's own, as all CTs of a host share the cgroup tree.
+/// Another one for each caller.
 pub fn vmid() -> Vmid {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    Vmid::new(700_000_000 + std::process::id() % 100_000 * 1000 + n).unwrap()
+    Vmid::new(own_vmid(n)).unwrap()
 }
 
 pub fn soon() -> Instant {
@@ -47,8 +46,6 @@ impl World {
 
     /// With more arguments for the simulator.
     pub fn of(arguments: &[&str]) -> World {
-        let needed = Path::new("/bin/busybox").exists() && Path::new("/usr/bin/lxc-start").exists();
-        assert!(needed, "needs root, lxc-start and busybox: `make test` installs them");
         let simulator = Simulator::start(&[&["--time-scale", "0.02"], arguments].concat());
         let client = client(&simulator.configuration());
         let ours = Identity {
@@ -66,23 +63,9 @@ impl World {
 
     /// Writes a CT as the shim does, with busybox's sleep as its init.
     pub fn write_ct(&self, identity: &Identity) {
-        let rootfs = self.simulator.dir.path().join("rootfs");
-        if !rootfs.exists() {
-            for name in ["bin", "dev", "proc", "sys"] {
-                fs::create_dir_all(rootfs.join(name)).unwrap();
-            }
-            fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
-            symlink("busybox", rootfs.join("bin/sleep")).unwrap();
-        }
-        let run_dir =
-            self.simulator.dir.path().join(&identity.namespace).join(&identity.container_id);
-        fs::create_dir_all(&run_dir).unwrap();
-        let include = run_dir.join("lxc.conf");
-        let lines = format!(
-            "lxc.hook.pre-start =\nlxc.rootfs.path = dir:{}\nlxc.init.cmd = /bin/sleep 1000\n",
-            rootfs.display()
-        );
-        fs::write(&include, lines).unwrap();
+        let include = self.simulator.dir.path().join(&identity.namespace);
+        let include = include.join(&identity.container_id).join("lxc.conf");
+        self.simulator.write_include(&include);
         let description = CtDescription {
             id_map: Vec::new(),
             hostname: Hostname::from_name(&identity.container_id),
@@ -92,7 +75,7 @@ impl World {
             cpuunits: None,
             tags: Vec::new(),
             notes: identity.notes(&[]),
-            rootfs,
+            rootfs: self.simulator.rootfs(),
             include,
         };
         fs::write(self.conf(), description.render().unwrap()).unwrap();

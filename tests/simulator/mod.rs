@@ -1,10 +1,11 @@
-//! A simulator of its own for each test: its process, what it says of itself, and its control
-//! socket.
+//! A simulator of its own for each test: its process, what it says of itself, its control socket, and
+//! what a CT needs to run.
 
 // Each of the programs that include this module uses its own part of it.
 #![allow(dead_code)]
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,12 @@ pub struct Simulator {
     child: Child,
     ready: Value,
     pub dir: tempfile::TempDir,
+}
+
+/// The `n`th VMID of this process's own, as all CTs of a host share the cgroup tree.
+pub fn own_vmid(n: u32) -> u32 {
+    assert!(n < 1000, "no more VMIDs");
+    700_000_000 + std::process::id() % 100_000 * 1000 + n
 }
 
 /// As for the end-to-end suites: in `E2E_BIN`, or where cargo builds it.
@@ -63,6 +70,58 @@ impl Simulator {
     /// The configurations of the node's CTs.
     pub fn confs(&self) -> PathBuf {
         Path::new(self.get("pmxcfs")).join("lxc")
+    }
+
+    /// A root file system with busybox's sleep, which all CTs of a test may use.
+    pub fn rootfs(&self) -> PathBuf {
+        let needed = Path::new("/bin/busybox").exists() && Path::new("/usr/bin/lxc-start").exists();
+        assert!(needed, "needs root, lxc-start and busybox: `make test` installs them");
+        let rootfs = self.dir.path().join("rootfs");
+        if !rootfs.exists() {
+            for name in ["bin", "dev", "proc", "sys"] {
+                std::fs::create_dir_all(rootfs.join(name)).expect("a directory");
+            }
+            std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox");
+            symlink("busybox", rootfs.join("bin/sleep")).expect("a link");
+        }
+        rootfs
+    }
+
+    /// Writes a file for a CT's `lxc.include`, by which it sleeps in that root file system.
+    pub fn write_include(&self, include: &Path) {
+        let lines = format!(
+            "lxc.hook.pre-start =\nlxc.rootfs.path = dir:{}\nlxc.init.cmd = /bin/sleep 1000\n",
+            self.rootfs().display()
+        );
+        std::fs::create_dir_all(include.parent().expect("a directory")).expect("a directory");
+        std::fs::write(include, lines).expect("a file");
+    }
+
+    /// What there still is of a CT on this host: processes, cgroups, files of the node.
+    pub fn left_of(&self, vmid: u32) -> Vec<PathBuf> {
+        let name = vmid.to_string();
+        let files = [
+            self.confs().join(format!("{name}.conf")),
+            Path::new(self.get("lxc_path")).join(&name),
+        ];
+        let mut left: Vec<_> = files.into_iter().filter(|path| path.exists()).collect();
+        let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten();
+        for process in entries(Path::new("/proc")) {
+            let line = std::fs::read_to_string(process.path().join("cmdline")).unwrap_or_default();
+            if line.split('\0').any(|word| word == name) {
+                left.push(process.path());
+            }
+        }
+        let mut directories = vec![PathBuf::from("/sys/fs/cgroup")];
+        while let Some(directory) = directories.pop() {
+            if directory.file_name().is_some_and(|last| last == name.as_str()) {
+                left.push(directory);
+            } else {
+                let below = entries(&directory).filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+                directories.extend(below.map(|entry| entry.path()));
+            }
+        }
+        left
     }
 
     /// `[proxmox]` of the shim's configuration, as an administrator.

@@ -1,5 +1,7 @@
 //! Calls that start a task, each sent at most once; and what became of one whose answer was lost.
 
+use std::collections::VecDeque;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
@@ -48,12 +50,16 @@ impl Client {
             fields => Payload::form(fields),
         };
         let answer = self.send(&change.call, &payload).await.and_then(|reply| {
-            let upid = Loose(&reply.data).as_text().and_then(|text| text.parse().ok());
+            let upid = Loose(&reply.data).as_text().and_then(|text| text.parse::<Upid>().ok());
             upid.ok_or_else(|| self.unlike(change.call.clone(), "no task id in the answer"))
         });
         let error = match answer {
             Err(error) if error.is_unclear() => error,
-            answer => return answer,
+            Ok(upid) => {
+                self.inner.told.lock().unwrap_or_else(PoisonError::into_inner).add(upid.clone());
+                return Ok(upid);
+            }
+            refused => return refused,
         };
         log::warn!(
             vmid = change.vmid.get(), task = change.task, error = error.to_string().as_str();
@@ -112,7 +118,28 @@ impl Client {
                 && upid.user() == self.inner.credentials.who()
         };
         let upids = self.tasks(&filter).await?.into_iter().map(|task| task.upid);
-        Ok(upids.filter(ours).max_by_key(|upid| (upid.starttime(), upid.pstart())))
+        let mut told = self.inner.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = upids.filter(|upid| ours(upid) && !told.0.contains(upid));
+        let newest = new.max_by_key(|upid| (upid.starttime(), upid.pstart()));
+        newest.iter().for_each(|upid| told.add(upid.clone()));
+        Ok(newest)
+    }
+}
+
+/// The last tasks that were answered or found: none of them is that of a request whose answer is lost,
+/// though it may be of the same kind, CT and second.
+#[derive(Default)]
+pub(super) struct Told(VecDeque<Upid>);
+
+impl Told {
+    /// Far more than there can be in two seconds.
+    const MOST: usize = 256;
+
+    fn add(&mut self, upid: Upid) {
+        if self.0.len() == Told::MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back(upid);
     }
 }
 

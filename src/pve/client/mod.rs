@@ -56,7 +56,7 @@ mod tasks;
 mod terminal;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hyper::Method;
@@ -71,6 +71,7 @@ use super::http::{Answer, Payload, Request, Server};
 use super::tls;
 use super::types::Loose;
 use crate::config::{Config, Proxmox, Vmid};
+use change::Told;
 use endpoints::Endpoints;
 pub use lxc::CloneOptions;
 pub use ours::Outcome;
@@ -95,6 +96,8 @@ struct Inner {
     endpoints: Endpoints,
     settings: Proxmox,
     credentials: Credentials,
+    /// Never held across an await.
+    told: Mutex<Told>,
 }
 
 /// What a call answered.
@@ -125,7 +128,8 @@ impl Client {
         let server = |url: &String| Server::new(url, tls.clone(), settings.connect_timeout);
         let servers = settings.endpoints.iter().map(server).collect::<Result<_, _>>();
         let endpoints = Endpoints::new(servers.map_err(|reason| Error::Setup { reason })?);
-        Ok(Client { inner: Arc::new(Inner { endpoints, settings, credentials }) })
+        let inner = Inner { endpoints, settings, credentials, told: Mutex::default() };
+        Ok(Client { inner: Arc::new(inner) })
     }
 
     fn call(&self, method: &'static str, path: String, vmid: Option<Vmid>) -> Call {

@@ -355,6 +355,25 @@ async fn a_lost_answer_is_found_again_as_its_task_and_nothing_is_sent_twice() {
 }
 
 #[tokio::test]
+async fn the_task_of_an_earlier_request_is_not_that_of_a_lost_one() {
+    let earlier = upid("vzstart", 110, unix_time());
+    let answered = AtomicUsize::new(0);
+    let tasks = earlier.clone();
+    let fake = Fake::start(move |seen| match seen.method.as_str() {
+        "POST" if answered.fetch_add(1, Ordering::SeqCst) == 0 => Reply::data(json!(tasks)),
+        "POST" => Reply::Close,
+        _ if seen.is("GET", "/nodes/pve1/tasks") => Reply::data(json!([{ "upid": tasks }])),
+        _ => Reply::recorded(STOPPED),
+    })
+    .await;
+    let client = client(&fake);
+    assert_eq!(client.start(id(110)).await.unwrap().to_string(), earlier);
+    // In the same second; the CT has ended meanwhile.
+    let error = client.start(id(110)).await.unwrap_err();
+    assert!(error.is_unclear(), "{error:?}");
+}
+
+#[tokio::test]
 async fn without_a_task_the_state_tells_what_became_of_a_lost_request() {
     let lost = || Reply::Close;
     let fake = after_loss(lost, vec![], RUNNING, EXISTS).await;

@@ -717,7 +717,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::pve::fixtures::recorded;
+    use crate::pve::fixtures::{self, recorded};
 
     fn context() -> Context<'static> {
         let file = Path::new("/etc/token");
@@ -794,6 +794,36 @@ mod tests {
         );
         assert_eq!(log.len(), 3);
         assert!(error.to_string().contains("Connection reset by peer"), "{error}");
+    }
+
+    /// All recorded refusals and failures but those listed here are understood: a new recording, or a
+    /// pattern that is lost, shows.
+    #[test]
+    fn of_all_recorded_errors_few_are_not_understood() {
+        let mut other = Vec::new();
+        for name in fixtures::names() {
+            let recorded = recorded(&name);
+            let error = if recorded.status() >= 400 {
+                answer(&name)
+            } else if recorded.task_failed() {
+                task(&name)
+            } else {
+                continue;
+            };
+            let text = match error {
+                Error::Api { failure: Failure::Other { text, .. }, .. } => text,
+                Error::TaskFailed { text, .. } => text,
+                Error::Protocol { status: 501, .. } if name.contains("not-implemented") => continue,
+                Error::Protocol { status: 501, .. } if name.contains("unknown") => continue,
+                Error::Api { .. }
+                | Error::Authentication { .. }
+                | Error::Permission { .. }
+                | Error::NodeUnknown { .. } => continue,
+                error => panic!("{name}: {error:?}"),
+            };
+            other.push(format!("{name}: {text}"));
+        }
+        assert_eq!(other, [""; 0]);
     }
 
     #[test]

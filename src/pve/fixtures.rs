@@ -22,6 +22,16 @@ pub(super) fn recorded(name: &str) -> Recorded {
     Recorded(serde_json::from_str(&text).unwrap())
 }
 
+/// The names of all recordings, sorted.
+pub(super) fn names() -> Vec<String> {
+    let entries = std::fs::read_dir(dir().join("transcripts")).unwrap();
+    let mut names: Vec<_> = entries
+        .filter_map(|e| Some(e.unwrap().file_name().to_str()?.strip_suffix(".json")?.to_owned()))
+        .collect();
+    names.sort();
+    names
+}
+
 impl Recorded {
     pub(super) fn status(&self) -> u16 {
         self.0["response"]["status"].as_u64().unwrap() as u16
@@ -75,6 +85,10 @@ impl Recorded {
 
     pub(super) fn task_exitstatus(&self) -> &str {
         self.0["task"]["status"]["exitstatus"].as_str().unwrap()
+    }
+
+    pub(super) fn task_failed(&self) -> bool {
+        self.0["task"]["status"]["exitstatus"].as_str().is_some_and(|status| status != "OK")
     }
 
     pub(super) fn task_status(&self) -> &Value {

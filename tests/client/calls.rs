@@ -164,6 +164,35 @@ async fn a_creation_whose_answer_is_lost_or_doubled_makes_one_ct() {
 }
 
 #[tokio::test]
+async fn of_creations_that_were_told_the_same_vmid_one_wins() {
+    let w = World::new().await;
+    upload(&w).await;
+    let tries = (0..6).map(|_| {
+        let client = w.client.clone();
+        tokio::spawn(async move {
+            let id = client.next_id().await.unwrap();
+            let config = [("rootfs", "local:0"), ("ostype", "unmanaged")];
+            let result = match client.create(id, TEMPLATE, &config).await {
+                Ok(upid) => client.wait(&upid, soon()).await,
+                Err(error) => Err(error),
+            };
+            (id, result)
+        })
+    });
+    let mut won = Vec::new();
+    for task in tries.collect::<Vec<_>>() {
+        match task.await.unwrap() {
+            (id, Ok(())) => won.push(id),
+            (_, Err(error)) => assert_eq!(error.failure(), Some(&Failure::Exists), "{error:?}"),
+        }
+    }
+    // Who asked after the first creation was told the next VMID; none is there twice.
+    let distinct: std::collections::BTreeSet<_> = won.iter().collect();
+    assert!(!won.is_empty() && distinct.len() == won.len(), "{won:?}");
+    assert_eq!(w.client.list().await.unwrap().len(), won.len() + 1);
+}
+
+#[tokio::test]
 async fn snapshots_that_the_storage_cannot_take_are_refused_by_their_task() {
     let w = World::new().await;
     upload(&w).await;

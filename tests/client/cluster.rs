@@ -1,12 +1,14 @@
 //! Several nodes, quorum and certificates.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
+use shim_proxmox::pve::conf::{ClaimError, claim};
 use shim_proxmox::pve::{Error, Failure};
 use tokio::time::sleep;
 
-use crate::world::{World, client, soon};
+use crate::world::{World, client, soon, vmid};
 
 /// A client of pve1's CTs that knows two endpoints, pve2's first.
 fn of_two(w: &World) -> shim_proxmox::pve::Client {
@@ -57,6 +59,9 @@ async fn without_quorum_nothing_changes_and_the_reason_is_told() {
         assert!(matches!(error.failure(), Some(Failure::NoQuorum { .. })), "{error:?}");
         assert!(error.is_transient());
     }
+    // Nor does anybody who writes the file by hand.
+    let error = claim(Path::new(w.simulator.get("pmxcfs")), vmid(), "memory: 16\n").unwrap_err();
+    assert!(matches!(error, ClaimError::NoQuorum { .. }), "{error:?}");
     // Reading goes on.
     assert!(w.conf().exists());
     assert_eq!(w.client.config(w.vmid()).await.unwrap(), config);

@@ -73,9 +73,20 @@ impl Datacenter {
         self.quorate.load(Ordering::Relaxed)
     }
 
-    /// Gains or loses quorum.
-    pub fn set_quorate(&self, quorate: bool) {
+    /// Gains or loses quorum, without which nobody at all can write to the directory that stands for
+    /// `/etc/pve`.
+    pub fn set_quorate(&self, quorate: bool) -> io::Result<()> {
+        let _claims = self.claims();
+        if quorate == self.is_quorate() {
+            return Ok(());
+        }
+        if quorate {
+            sys::uncover(&self.pve)?
+        } else {
+            sys::cover_read_only(&self.pve)?
+        }
         self.quorate.store(quorate, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Fails without quorum, as calls do that are about to change something.
@@ -129,6 +140,15 @@ impl Datacenter {
     }
 }
 
+impl Drop for Datacenter {
+    fn drop(&mut self) {
+        // Whoever removes the directory must be able to.
+        if let Err(error) = self.set_quorate(true) {
+            eprintln!("pve-sim: {} stays read-only: {error}", self.pve.display());
+        }
+    }
+}
+
 /// A cluster of Proxmox VE nodes. One node is the ordinary case.
 pub struct Cluster {
     /// What the nodes share.
@@ -166,6 +186,8 @@ impl Cluster {
 
         let pve = root.join("pve");
         make_dir(&pve)?;
+        // One that was killed while it had no quorum may have left it covered.
+        sys::uncover(&pve).map_err(|e| write_error(&pve, e))?;
         let dc = Arc::new(Datacenter {
             root,
             pve,
@@ -234,6 +256,9 @@ impl Cluster {
 
     /// Ends all CTs and removes what they left on the host.
     pub async fn shut_down(&self) {
+        if let Err(error) = self.dc.set_quorate(true) {
+            self.first().note(&format!("{} stays read-only: {error}", self.dc.pve.display()));
+        }
         for node in &self.nodes {
             node.shut_down().await;
         }

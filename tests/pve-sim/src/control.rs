@@ -130,7 +130,10 @@ pub async fn command(cluster: &Arc<Cluster>, line: &str) -> Result<Json, String>
                 return Err(format!("no such token '{token}'"));
             }
         }
-        Command::Quorum { quorate } => cluster.dc.set_quorate(quorate),
+        Command::Quorum { quorate } => {
+            let pve = cluster.dc.pve.display();
+            cluster.dc.set_quorate(quorate).map_err(|e| format!("cannot mount over {pve}: {e}"))?;
+        }
         Command::Node { node, online } => {
             let node = cluster.node(&node).ok_or_else(|| format!("no such node '{node}'"))?;
             node.set_online(online).await.map_err(|e| e.to_string())?;

@@ -27,15 +27,46 @@ pub fn try_flock(file: &std::fs::File) -> io::Result<()> {
     check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })
 }
 
+/// Makes a directory read-only for everybody, by mounting it over itself.
+pub fn cover_read_only(dir: &Path) -> io::Result<()> {
+    let path = CString::new(dir.as_os_str().as_bytes())?;
+    let mount = |flags: libc::c_ulong| {
+        let none = std::ptr::null();
+        // SAFETY: `path` is NUL-terminated; for a bind mount type and data are not looked at.
+        check(unsafe { libc::mount(path.as_ptr(), path.as_ptr(), none, flags, none.cast()) })
+    };
+    mount(libc::MS_BIND)?;
+    let read_only = mount(libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY);
+    if read_only.is_err() {
+        uncover(dir)?;
+    }
+    read_only
+}
+
+/// Undoes that; nothing happens to a directory that can be written.
+pub fn uncover(dir: &Path) -> io::Result<()> {
+    if statvfs(dir)?.f_flag & libc::ST_RDONLY == 0 {
+        return Ok(());
+    }
+    let path = CString::new(dir.as_os_str().as_bytes())?;
+    // SAFETY: `path` is NUL-terminated.
+    check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) })
+}
+
 /// Bytes of a filesystem: total, used, available to users.
 pub fn disk(path: &Path) -> io::Result<(u64, u64, u64)> {
+    let st = statvfs(path)?;
+    let unit = st.f_frsize;
+    Ok((st.f_blocks * unit, (st.f_blocks - st.f_bfree) * unit, st.f_bavail * unit))
+}
+
+fn statvfs(path: &Path) -> io::Result<libc::statvfs> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: statvfs is plain data, for which all zeroes is a valid value.
     let mut st: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: `path` is NUL-terminated and `st` valid for writing during the call.
     check(unsafe { libc::statvfs(path.as_ptr(), &mut st) })?;
-    let unit = st.f_frsize;
-    Ok((st.f_blocks * unit, (st.f_blocks - st.f_bfree) * unit, st.f_bavail * unit))
+    Ok(st)
 }
 
 /// Sends a message over a Unix socket together with this process's credentials.

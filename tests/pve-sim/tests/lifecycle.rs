@@ -255,6 +255,29 @@ fn a_held_lock_fails_with_the_recorded_text() {
 }
 
 #[test]
+fn a_directory_that_lost_its_quorum_can_be_used_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("node");
+    runtime().block_on(async {
+        let node = open(&root);
+        let file = node.first().paths.confs.join("100.conf");
+        node.dc.set_quorate(false).unwrap();
+        let error = fs::write(&file, "memory: 16\n").unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        node.shut_down().await;
+        fs::write(&file, "memory: 16\n").unwrap();
+        // Killed, or nearly so.
+        pve_sim::sys::cover_read_only(&node.dc.pve).unwrap();
+        drop(node);
+        let node = open(&root);
+        fs::remove_file(&file).unwrap();
+        node.dc.set_quorate(false).unwrap();
+        drop(node);
+        fs::remove_dir_all(&root).unwrap();
+    });
+}
+
+#[test]
 fn a_directory_serves_one_simulator_and_keeps_its_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("node");

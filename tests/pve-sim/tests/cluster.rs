@@ -127,6 +127,33 @@ async fn nodes_answer_for_each_other_until_one_goes_away() {
 }
 
 #[tokio::test]
+async fn the_list_of_resources_is_old_and_the_next_vmid_nobody_s() {
+    let world = World::new(&["pve1"]);
+    let conf = "arch: amd64\nostype: unmanaged\nrootfs: /nowhere\n";
+    let put = |vmid: u32| {
+        fs::write(world.node("pve1").paths.confs.join(format!("{vmid}.conf")), conf).unwrap()
+    };
+    let guests = async || {
+        let list = world.call("pve1", &world.token(), "/cluster/resources").await.2;
+        list["data"].as_array().unwrap().iter().filter(|r| r["type"] == "lxc").count()
+    };
+    put(200);
+    assert_eq!(guests().await, 1);
+    put(201);
+    let (_, _, list) = world.call("pve1", &world.token(), "/nodes/pve1/lxc").await;
+    assert_eq!(list["data"].as_array().unwrap().len(), 2);
+    assert_eq!(guests().await, 1, "it must not know of it yet");
+    // 10 s in the time of this world.
+    tokio::time::sleep(std::time::Duration::from_millis(250)).await;
+    assert_eq!(guests().await, 2);
+
+    for _ in 0..2 {
+        let next = world.admin("GET", "/cluster/nextid", json!({})).await.unwrap();
+        assert_eq!(next, "100");
+    }
+}
+
+#[tokio::test]
 async fn without_quorum_nothing_can_be_changed() {
     let world = World::new(&["pve1", "pve2"]);
     world.template(&world.node("pve1").paths.vz);

@@ -87,8 +87,10 @@ impl Recorded {
         self.0["task"]["status"]["exitstatus"].as_str().unwrap()
     }
 
+    /// Whether the request was answered with a task, and that failed.
     pub(super) fn task_failed(&self) -> bool {
-        self.0["task"]["status"]["exitstatus"].as_str().is_some_and(|status| status != "OK")
+        let status = self.0["task"]["status"]["exitstatus"].as_str();
+        self.data().is_string() && status.is_some_and(|status| status != "OK")
     }
 
     pub(super) fn task_status(&self) -> &Value {

@@ -44,17 +44,18 @@ impl Pve {
         let stdout = child.stdout.take().expect("stdout is piped");
         std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
         let file = root.join("ready.json");
-        let ready: Value = process::eventually("the simulator listens", Duration::from_secs(20), || {
-            if process::is_ending() {
-                process::terminate(&mut child, Duration::from_secs(5));
-                panic!("the run was asked to end");
-            }
-            if let Ok(Some(status)) = child.try_wait() {
-                let log = fs::read_to_string(root.with_extension("log")).unwrap_or_default();
-                panic!("the simulator ended at once: {status}: {log}");
-            }
-            serde_json::from_str(&fs::read_to_string(&file).ok()?).ok()
-        });
+        let ready: Value =
+            process::eventually("the simulator listens", Duration::from_secs(20), || {
+                if process::is_ending() {
+                    process::terminate(&mut child, Duration::from_secs(5));
+                    panic!("the run was asked to end");
+                }
+                if let Ok(Some(status)) = child.try_wait() {
+                    let log = fs::read_to_string(root.with_extension("log")).unwrap_or_default();
+                    panic!("the simulator ended at once: {status}: {log}");
+                }
+                serde_json::from_str(&fs::read_to_string(&file).ok()?).ok()
+            });
         let ca_file = ready["ca_file"].as_str().expect("ready.json names the authority");
         let client = Client::builder()
             .tls_backend_preconfigured(trust::authority(Path::new(ca_file)))

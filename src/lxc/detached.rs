@@ -66,7 +66,7 @@ pub struct DetachedMount {
 
 /// Opens `source` (links are followed) for the mount at `destination`, which serves for messages only.
 ///
-/// `propagation` are `MS_*` flags, applied in order. A recursive clone gets each of them recursively,
+/// `propagation` are `MS_*` flags, applied in order. A recursive clone gets the first of them recursively,
 /// also without `MS_REC`: mounts below that stayed in the host's peer groups would carry the CT's
 /// mounts to the host. An empty list means private.
 ///
@@ -127,18 +127,18 @@ fn apply(
     propagation: &[u64],
 ) -> io::Result<()> {
     let kinds = libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_SHARED | libc::MS_UNBINDABLE;
-    let mut steps = propagation.iter().map(|flags| flags & kinds).filter(|&kind| kind != 0);
+    let mut steps = propagation.iter().filter(|&flags| flags & kinds != 0);
     // Attributes for the whole tree together with the first propagation: one call, before anything
-    // else can happen to the mount.
+    // else can happen to the mount. No mount of the tree may stay in the host's peer group.
     let first = Change {
         set: attributes.recursive_set,
         clear: with_atime(attributes.recursive_set, attributes.recursive_clear),
-        propagation: steps.next().unwrap_or(libc::MS_PRIVATE),
+        propagation: steps.next().map_or(libc::MS_PRIVATE, |flags| flags & kinds),
     };
     api::change(mount.as_fd(), recursive, first)?;
-    for propagation in steps {
-        let step = Change { propagation, ..Change::default() };
-        api::change(mount.as_fd(), recursive, step)?;
+    for flags in steps {
+        let step = Change { propagation: flags & kinds, ..Change::default() };
+        api::change(mount.as_fd(), recursive && flags & libc::MS_REC != 0, step)?;
     }
     let top = Change {
         set: attributes.set,

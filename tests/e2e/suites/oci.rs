@@ -29,6 +29,7 @@ cases!("oci":
     mount_target_through_a_hostile_symlink_stays_inside,
     host_mounts_propagate_into_a_slave_bind,
     bind_propagation_is_not_that_of_the_root,
+    bind_propagation_is_of_the_mounts_below_only_if_asked,
     default_devices,
     added_device_is_usable_and_others_are_not,
     host_network,
@@ -222,6 +223,27 @@ fn bind_propagation_is_not_that_of_the_root(t: &Test) {
             })
             .expect("runs");
         assert_eq!((status, text.contains("shared:")), (0, shared), "{root} {own}: {text:?}");
+    }
+}
+
+fn bind_propagation_is_of_the_mounts_below_only_if_asked(t: &Test) {
+    let source = t.file("tree");
+    fs::create_dir_all(format!("{source}/sub")).expect("create");
+    process::run(Command::new("mount").args(["-t", "tmpfs", "sub", &format!("{source}/sub")])).ok();
+    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* \\(/volume[^ ]*\\) [^ ]* \\(.*\\) - .*,\\1 \\2,p' \
+                  /proc/self/mountinfo";
+    let seen = ["shared", "rshared"].map(|option| {
+        t.run_spec(&t.id(option), &["sh", "-c", script], |spec| {
+            let mounts = spec["mounts"].as_array_mut().expect("a list");
+            mounts.push(json!({"destination": "/volume", "type": "bind",
+                "source": source, "options": ["rbind", option]}));
+        })
+    });
+    process::run(Command::new("umount").arg(format!("{source}/sub"))).ok();
+    for (outcome, below) in seen.into_iter().zip([false, true]) {
+        let (status, text) = outcome.expect("runs");
+        let shared: Vec<_> = text.lines().map(|line| line.contains("shared:")).collect();
+        assert_eq!((status, shared), (0, vec![true, below]), "{text}");
     }
 }
 

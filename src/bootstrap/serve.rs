@@ -24,6 +24,7 @@ use super::Target;
 use super::handover::{self, COMMITTED, Handover, Readiness};
 use super::socket::Owned;
 use crate::events::{Outbox, Settings};
+use crate::sys::limits;
 use crate::{config, log_fifo, sandbox, task};
 
 /// How long `start` may be kept waiting for the configuration's and the node's check.
@@ -138,6 +139,7 @@ fn set_up(
     let wanted = handover.level.as_deref().and_then(log_fifo::parse_level);
     log::set_max_level(wanted.map_or(config.log.level, |wanted| wanted.max(config.log.level)));
 
+    limits::raise_descriptors().map_err(system("raise the limit on descriptors"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Each costs a stack; work that blocks is short, and more of it at once would not be faster.

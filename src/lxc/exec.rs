@@ -7,7 +7,7 @@ use std::process::Stdio;
 use proxmox_shim_init::protocol::{ExecCgroup, ExecSetup, Reply, Request};
 
 use crate::lxc::init::{self, Session, memory_file};
-use crate::sys::socket;
+use crate::sys::{limits, socket};
 
 /// What can go wrong before the process runs.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,10 @@ pub(crate) async fn through_helper(
         .kill_on_drop(true)
         .spawn()
         .map_err(Error::Spawn)?;
+    // It waits for its request.
+    if let Some(pid) = helper.id() {
+        limits::restore_descriptors(pid.cast_signed()).map_err(Error::Spawn)?;
+    }
     let session = Session::new(ours)?;
     let spawned = async {
         session.send(request, fds).await?;

@@ -10,6 +10,8 @@ use proxmox_shim_init::protocol::Hook;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
+use crate::sys::limits;
+
 /// What a failing hook may say in the error.
 const OUTPUT_LIMIT: usize = 1024;
 /// What the kernel keeps of a pipe at most by default (pipe(7)).
@@ -99,6 +101,7 @@ async fn execute(
         .stdout(writer.try_clone()?)
         .stderr(writer)
         .kill_on_drop(true);
+    limits::restore_descriptors_in(&mut command);
     let mut child = command.spawn()?;
     // It holds ends of the output.
     drop(command);

@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use super::uri::Program;
 use super::{Context, Error};
 use crate::sys::command::pass_descriptors;
+use crate::sys::limits::restore_descriptors_in;
 
 /// How long it may take to become ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);
@@ -70,6 +71,7 @@ impl Logger {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         pass_descriptors(&mut command, vec![from_stdout, from_stderr, confirm]).map_err(failed)?;
+        restore_descriptors_in(&mut command);
         let mut child = command.spawn().map_err(failed)?;
         // Its copies of the logger's ends: with them open there would be no end of file on `ready`.
         drop(command);

@@ -255,6 +255,7 @@ impl<'a> Driver<'a> {
         command.current_dir(&bundle).env("PATH", self.node.setting.path());
         command.env("TTRPC_ADDRESS", self.events.path()).env("GOMAXPROCS", "4");
         command.stdin(Stdio::piped());
+        sys::as_a_service(&mut command);
         let options = self.options().write_to_bytes().expect("encode the options");
         let output = Running::spawn(&mut command, Some(&options)).wait().ok();
         let reply = output.text();

@@ -317,11 +317,13 @@ impl Node {
         let pve = self.pve();
         let root = self.root.display();
         format!(
-            "[proxmox]\nendpoint = \"{}\"\nnode = \"{}\"\ntoken_file = \"{}\"\nca_file = \"{}\"\n\
+            "[proxmox]\nconnect_timeout = {}\nendpoint = \"{}\"\nnode = \"{}\"\ntoken_file = \"{}\"\nca_file = \"{}\"\n\
              pmxcfs = \"{}\"\n\n\
              [ct]\nvmid_range = \"{}-{}\"\ntags = [\"containerd\", \"e2e\"]\n\n\
              [paths]\nrun_dir = \"{root}/run\"\nstate_dir = \"{root}/var\"\n\
              init = \"{root}/proxmox-shim-init\"\n\n[log]\nlevel = \"debug\"\n",
+            // The default, at this machine's pace.
+            process::scaled(Duration::from_secs(5)).as_secs(),
             pve.get("endpoint"),
             pve.node(),
             pve.get("token_file"),
@@ -347,7 +349,7 @@ impl Node {
         for variable in ["CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NOTIFY_SOCKET"] {
             command.env_remove(variable);
         }
-        sys::with_default_signals(&mut command);
+        sys::as_a_service(&mut command);
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("clone the log")).stderr(log);
         if self.options.without_pidfd_info {

@@ -36,7 +36,7 @@ impl Pve {
         let mut command = Command::new(binary);
         command.arg("--root").arg(root).args(["--listen", "127.0.0.1:0", "--profile", profile]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
-        sys::with_default_signals(&mut command);
+        sys::as_a_service(&mut command);
         prepare(&mut command);
         let mut child = command
             .spawn()

@@ -200,14 +200,26 @@ pub fn with_controlling_terminal(command: &mut Command) {
     }
 }
 
-/// Gives the command default signal dispositions: a shell without job control lets its background
-/// commands ignore SIGINT and SIGQUIT, and containers inherit that.
-pub fn with_default_signals(command: &mut Command) {
+/// systemd's `DefaultLimitNOFILESoft`.
+pub const SERVICE_DESCRIPTORS: u64 = 1024;
+
+/// Gives the command what systemd gives services. The default signal dispositions: a shell without job
+/// control lets its background commands ignore SIGINT and SIGQUIT, and containers inherit that. And its
+/// soft limit on descriptors.
+pub fn as_a_service(command: &mut Command) {
     // SAFETY: only system calls between fork and exec.
     unsafe {
         command.pre_exec(|| {
             for signal in 1..32 {
                 libc::signal(signal, libc::SIG_DFL);
+            }
+            let mut limit: libc::rlimit = std::mem::zeroed();
+            let soft = SERVICE_DESCRIPTORS;
+            if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) < 0
+                || libc::setrlimit(libc::RLIMIT_NOFILE, &libc::rlimit { rlim_cur: soft, ..limit })
+                    < 0
+            {
+                return Err(std::io::Error::last_os_error());
             }
             Ok(())
         });

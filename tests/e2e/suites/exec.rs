@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::direct::Stdio3;
 use crate::harness::process::{self, eventually};
+use crate::harness::sys;
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -16,6 +17,7 @@ cases!("exec":
     gets_the_containers_environment,
     takes_a_working_directory,
     takes_a_user,
+    inherits_no_limit_on_descriptors_of_the_shim,
     has_the_containers_capabilities_and_no_more,
     missing_executable_is_named_and_nothing_stays,
     reads_stdin_to_its_end,
@@ -90,6 +92,18 @@ fn takes_a_working_directory(t: &Test) {
     let id = t.id("a");
     t.start_idle(&[], &id);
     assert_eq!(t.exec(&["--cwd", "/tmp"], &id, &["pwd"]).ok().text(), "/tmp");
+}
+
+/// The shim raises its own.
+fn inherits_no_limit_on_descriptors_of_the_shim(t: &Test) {
+    let unlimited = |process: &mut Value| process["rlimits"] = json!([]);
+    let command = ["sh", "-c", "ulimit -Sn; ulimit -Hn"];
+    let outcome =
+        t.exec_spec(&t.id("a"), &command, |spec| unlimited(&mut spec["process"]), unlimited);
+    let (_, text) = outcome.expect("runs");
+    let (soft, hard) = text.split_once('\n').expect("two numbers");
+    assert_eq!(soft, sys::SERVICE_DESCRIPTORS.to_string());
+    assert_ne!(hard, soft);
 }
 
 fn takes_a_user(t: &Test) {

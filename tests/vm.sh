@@ -62,7 +62,7 @@ suite=trixie
 packages=(
 	systemd-sysv udev kmod dbus linux-image-amd64 initramfs-tools apparmor
 	lxc containerd runc busybox-static iproute2 procps curl libseccomp2
-	containernetworking-plugins iptables erofs-utils
+	containernetworking-plugins iptables erofs-utils e2fsprogs
 )
 # Kept as small as the machine needs them: a large one takes an emulated machine minutes to load.
 modules=(virtio_pci virtio_blk ext4)

@@ -144,7 +144,7 @@ impl RunDir {
         self.0.join("lxc.log")
     }
 
-    /// What the stop hook writes.
+    /// What the stop hook writes, or the holder of a pod sandbox.
     #[must_use]
     pub fn exit(&self) -> PathBuf {
         self.0.join("exit.json")

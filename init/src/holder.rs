@@ -1,6 +1,9 @@
 //! `holder`: the process that keeps a pod's namespaces while its containers come and go, in place of
 //! a pause container's.
 //!
+//! Asked to end, it writes its exit record: nobody else knows its status if the shim is gone by then.
+//! Only a signal that cannot be caught ends it without one.
+//!
 //! It executes nothing. Containers of the pod may share its pid namespace and look at it in `/proc`,
 //! so nothing of the host is reachable through it: its root is an empty, read-only file system, it
 //! has no capabilities, and it is not dumpable, which closes `/proc/<pid>/{root,exe,fd,mem}` to them.
@@ -12,6 +15,7 @@ use std::process::ExitCode;
 
 use crate::container;
 use crate::error::{Attempt, Error, Result, quote};
+use crate::hook::holder_record;
 use crate::process;
 use crate::protocol::{
     EXEC_SOCKET_FD, EXIT_NOT_EXECUTED, ExecCgroup, HolderSetup, Process, Reply, Request,
@@ -36,7 +40,7 @@ pub fn run() -> ExitCode {
     let channel = Channel::new(socket);
     match start(&channel) {
         Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(setup)) => hold(channel, &setup),
+        Ok(Some(started)) => hold(channel, started),
         Err(error) => {
             channel.send_failure(&error);
             ExitCode::from(EXIT_NOT_EXECUTED as u8)
@@ -44,8 +48,16 @@ pub fn run() -> ExitCode {
     }
 }
 
+/// What the new process has from the old one.
+struct Started {
+    setup: HolderSetup,
+    /// The node's.
+    procfs: OwnedFd,
+    exit_record: File,
+}
+
 /// `None` in the old process once the new one exists.
-fn start(channel: &Channel) -> Result<Option<HolderSetup>> {
+fn start(channel: &Channel) -> Result<Option<Started>> {
     let (request, fds) = channel.receive()?;
     let Request::Holder { cgroup, cgroup_files, namespaces } = request else {
         return Err(Error::Protocol("expected Holder"));
@@ -53,6 +65,7 @@ fn start(channel: &Channel) -> Result<Option<HolderSetup>> {
     let mut fds = fds.into_iter();
     let missing = || Error::Protocol("a descriptor of Holder is missing");
     let setup: HolderSetup = read_setup(fds.next().ok_or_else(missing)?)?;
+    let exit_record = File::from(fds.next().ok_or_else(missing)?);
     let mut files: Vec<OwnedFd> = fds.by_ref().take(cgroup_files).collect();
     let joined: Vec<OwnedFd> = fds.collect();
     if files.len() != cgroup_files || joined.len() != namespaces {
@@ -66,6 +79,10 @@ fn start(channel: &Channel) -> Result<Option<HolderSetup>> {
     for tasks in files {
         File::from(tasks).write_all(b"0").attempt(|| "join a cgroup of the pod")?;
     }
+    // The node's: root of a user namespace may not set what follows, nor mount a procfs of the node's
+    // processes.
+    let procfs = process::private_procfs()?;
+    process::set_privileged(&unprivileged(&setup), Some(&procfs))?;
     for namespace in joined {
         sys::join_namespace(namespace.as_fd()).attempt(|| "join a namespace of the pod")?;
     }
@@ -88,15 +105,16 @@ fn start(channel: &Channel) -> Result<Option<HolderSetup>> {
             let mut byte = [0];
             // The end of the pipe: the shim was not told of this process and would never reap it.
             match File::from(wait).read_exact(&mut byte) {
-                Ok(()) => Ok(Some(setup)),
+                Ok(()) => Ok(Some(Started { setup, procfs, exit_record })),
                 Err(_) => Err(Error::Disconnected),
             }
         }
     }
 }
 
-fn hold(channel: Channel, setup: &HolderSetup) -> ExitCode {
-    let prepared = prepare(&channel, setup).and_then(|()| match channel.receive()? {
+fn hold(channel: Channel, started: Started) -> ExitCode {
+    let Started { setup, procfs, exit_record } = started;
+    let prepared = prepare(&channel, &setup, procfs).and_then(|()| match channel.receive()? {
         (Request::Go, _) => Ok(()),
         _ => Err(Error::Protocol("expected Go")),
     });
@@ -104,7 +122,7 @@ fn hold(channel: Channel, setup: &HolderSetup) -> ExitCode {
         Ok(()) => {
             // Its end tells the shim that the pod has been started.
             drop(channel);
-            wait_for_the_end()
+            wait_for_the_end(exit_record)
         }
         // The shim has given up on this pod.
         Err(Error::Disconnected) => ExitCode::FAILURE,
@@ -116,7 +134,13 @@ fn hold(channel: Channel, setup: &HolderSetup) -> ExitCode {
 }
 
 /// Everything up to [`Reply::Ready`].
-fn prepare(channel: &Channel, setup: &HolderSetup) -> Result<()> {
+fn prepare(channel: &Channel, setup: &HolderSetup, procfs: OwnedFd) -> Result<()> {
+    if setup.user_namespace {
+        // Until now the node's root, which may enter the pod's cgroup.
+        sys::set_gid(0)
+            .and_then(|()| sys::set_uid(0))
+            .attempt(|| "become root of the user namespace")?;
+    }
     // The socket was stdin, too. The shim made the others /dev/null.
     sys::become_stdio(sys::stdio(1), 0).attempt(|| "close the socket's other descriptor")?;
     sys::reset_signals();
@@ -134,9 +158,7 @@ fn prepare(channel: &Channel, setup: &HolderSetup) -> Result<()> {
         sys::loopback_up().attempt(|| "bring the loopback interface up")?;
     }
     let process = unprivileged(setup);
-    let procfs = process::private_procfs()?;
     container::write_sysctls(&procfs, &setup.sysctls)?;
-    process::set_privileged(&process, Some(&procfs))?;
     drop(procfs);
     enter_empty_root()?;
     process::become_user(&process, false)?;
@@ -178,12 +200,16 @@ fn enter_empty_root() -> Result<()> {
         .attempt(|| "enter an empty root")
 }
 
-fn wait_for_the_end() -> ExitCode {
+fn wait_for_the_end(mut exit_record: File) -> ExitCode {
     loop {
         match sys::wait_signal(&SIGNALS) {
             Ok(libc::SIGCHLD) => sys::reap_children(),
             // Asked to end, as a pause container understands it.
-            Ok(_) => return ExitCode::SUCCESS,
+            Ok(_) => {
+                // A shim that lives sees the status itself, and there is nobody else to tell.
+                let _ = exit_record.write_all(holder_record(0).as_bytes());
+                return ExitCode::SUCCESS;
+            }
             // Stopped and continued, or traced.
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(_) => return ExitCode::FAILURE,

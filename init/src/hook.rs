@@ -235,7 +235,12 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// By hand: every field is a number or one of five words, and serde_json would double the binary.
+/// The record that the holder of a pod's namespaces writes of itself.
+pub(crate) fn holder_record(status: u32) -> String {
+    render(&Exit { status, source: "holder" }, now(), 0)
+}
+
+/// By hand: every field is a number or one of six words, and serde_json would double the binary.
 fn render(exit: &Exit, time: u64, oom_kills: u64) -> String {
     format!(
         "{{\"version\":{RECORD_VERSION},\"status\":{},\"time\":{time},\"oom_kills\":{oom_kills},\

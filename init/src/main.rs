@@ -73,7 +73,7 @@ FILES
     /dev/.proxmox-shim/init.sock    the shim's socket, seen from the CT until it is removed
     RUN_DIR/exit.json               {\"version\",\"status\",\"time\",\"oom_kills\",\"source\"}; status is
                                     0..255, or 128+n for signal n; time in ns since the epoch;
-                                    source is pidfd, monitor, log, reboot or unknown
+                                    source is pidfd, monitor, log, reboot, holder or unknown
     RUN_DIR/watch                   what lxc-monitord told: a wait status
     RUN_DIR/lxc.log                 liblxc's log at level INFO
     RUN_DIR/cgroup                  one line: the absolute directory of the CT's memory cgroup

@@ -24,8 +24,8 @@
 //!        [init  -> Listener      fds: the seccomp filter's listener
 //!         shim  -> Listening]
 //!         EOF: execve succeeded                     or  init -> Failed, then exit 127
-//! holder  shim  -> Holder        fds: memfd(HolderSetup) [cgroup directory or v1 `tasks` files…]
-//!                                     [namespaces to join…]
+//! holder  shim  -> Holder        fds: memfd(HolderSetup) exit record
+//!                                     [cgroup directory or v1 `tasks` files…] [namespaces to join…]
 //!         init  -> Spawned       fds: pidfd of the holder
 //!         init  -> Ready
 //!         shim  -> Go
@@ -38,7 +38,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Raised by any change to a type of this module.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Where the socket directory and the init binary are mounted in the CT until init removes them.
 pub const CT_DIR: &str = "/dev/.proxmox-shim";
@@ -73,7 +73,8 @@ pub enum Request {
     /// Start one more process in a running CT. `cgroup_files` descriptors follow the pidfd:
     /// see [`ExecCgroup`].
     Exec { cgroup: ExecCgroup, cgroup_files: usize, stdio: bool },
-    /// Hold a pod's namespaces. `cgroup_files` descriptors follow the memfd, then `namespaces`.
+    /// Hold a pod's namespaces. The memfd is followed by the file for an [`ExitRecord`], then by
+    /// `cgroup_files` descriptors, then by `namespaces`.
     Holder { cgroup: ExecCgroup, cgroup_files: usize, namespaces: usize },
 }
 
@@ -157,8 +158,11 @@ pub struct ExecSetup {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HolderSetup {
     pub version: u32,
-    /// `CLONE_NEW*` flags of the namespaces to make; those to join come as descriptors.
+    /// `CLONE_NEW*` flags of the namespaces to make; those to join come as descriptors, a user
+    /// namespace as the last of them.
     pub new_namespaces: u32,
+    /// A user namespace is joined: it owns the new ones.
+    pub user_namespace: bool,
     /// `sethostname(2)`; only with an own uts namespace.
     pub hostname: Option<String>,
     /// `setdomainname(2)`; only with an own uts namespace.
@@ -363,5 +367,6 @@ pub struct ExitRecord {
     /// OOM kills that the CT's memory cgroup counted.
     pub oom_kills: u64,
     /// Where `status` was read: `pidfd`, `monitor`, `log` or `reboot`; `unknown` with the status 255.
+    /// A `holder` tells its own.
     pub source: String,
 }

@@ -123,13 +123,15 @@ pub async fn of_child(pidfd: &AsyncFd<OwnedFd>) -> Result<Exit, Error> {
     }
 }
 
-/// The record of the stop hook, if it has been written.
+/// The record of the stop hook, if it has been written, or of a pod sandbox's holder, which is empty
+/// until then.
 ///
 /// # Errors
 /// [`Error::Record`] if it is not readable or not a record.
 pub fn read_record(path: &Path) -> Result<Option<ExitRecord>, Error> {
     let failed = |source| Error::Record { path: path.to_owned(), source };
     match std::fs::read(path) {
+        Ok(bytes) if bytes.is_empty() => Ok(None),
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| failed(e.into())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(failed(error)),
@@ -198,6 +200,8 @@ mod tests {
     fn a_damaged_record_is_an_error_and_not_a_status() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("exit.json");
+        assert_eq!(read_record(&path).unwrap(), None);
+        std::fs::write(&path, "").unwrap();
         assert_eq!(read_record(&path).unwrap(), None);
         std::fs::write(&path, "{\"status\":").unwrap();
         assert!(read_record(&path).is_err());

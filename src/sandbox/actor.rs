@@ -243,6 +243,7 @@ impl Actor {
         self.env.sandbox.set(State::Running(Shared {
             pid: sandbox.pod.holder.pid,
             namespaces: sandbox.plan.namespaces.clone(),
+            maps_users: sandbox.plan.user_namespace.is_some(),
             memory: sandbox.pod.dir.shm(),
         }));
         self.change_view(|view| view.started = true);

@@ -65,20 +65,22 @@ impl Waiting {
 
 impl Holder {
     /// Starts it from `binary`, as in [`exec::spawn`]. `cgroup` is from
-    /// [`Cgroup::entry_files`](crate::lxc::cgroup::Cgroup::entry_files).
+    /// [`Cgroup::entry_files`](crate::lxc::cgroup::Cgroup::entry_files). What is written to
+    /// `exit_record` tells its status to those who come when the shim has gone.
     ///
     /// # Errors
     /// [`Error`]; no process is left then.
     pub async fn start(
         binary: &OwnedFd,
         setup: &HolderSetup,
+        exit_record: OwnedFd,
         cgroup: (ExecCgroup, Vec<OwnedFd>),
         joined: Vec<OwnedFd>,
     ) -> Result<(Self, Waiting), Error> {
         let (cgroup, files) = cgroup;
         let request =
             Request::Holder { cgroup, cgroup_files: files.len(), namespaces: joined.len() };
-        let mut fds = vec![init::memory_file(setup)?];
+        let mut fds = vec![init::memory_file(setup)?, exit_record];
         fds.extend(files);
         fds.extend(joined);
         let spawned = exec::through_helper(binary, "holder", &request, fds);

@@ -25,6 +25,11 @@ pub enum Error {
     /// The sandbox has nothing to share.
     #[error("the pod sandbox is not running")]
     NotRunning,
+    /// The sandbox has no ids of its own.
+    #[error(
+        "linux.namespaces: {path:?} stands for the pod sandbox's, but that has no user namespace"
+    )]
+    NoUserNamespace { path: PathBuf },
     /// The sandbox is on the node.
     #[error("{field} cannot be set: the pod sandbox shares that namespace with the node")]
     OfTheNode { field: &'static str },
@@ -37,6 +42,8 @@ pub struct Shared {
     pub pid: i32,
     /// As the sandbox was planned: new ones and those that were joined are the holder's.
     pub namespaces: Namespaces,
+    /// It has a user namespace.
+    pub maps_users: bool,
     /// The directory to be mounted on `/dev/shm`.
     pub memory: PathBuf,
 }
@@ -80,23 +87,24 @@ fn placeholder(kind: Kind) -> PathBuf {
 ///
 /// # Errors
 /// [`Error::NoSandbox`].
-pub fn refuse_placeholders(namespaces: &Namespaces) -> Result<(), Error> {
-    for (_, namespace) in by_kind(namespaces) {
-        match namespace {
-            Namespace::Path(path) if oci::is_placeholder(path) => {
-                return Err(Error::NoSandbox { path: path.clone() });
-            }
-            _ => {}
-        }
+pub fn refuse_placeholders(plan: &Plan) -> Result<(), Error> {
+    let paths =
+        by_kind(&plan.namespaces).into_iter().filter_map(|(_, namespace)| match namespace {
+            Namespace::Path(path) => Some(path),
+            Namespace::New | Namespace::Host => None,
+        });
+    let user = plan.user_namespace.as_ref().and_then(|user| user.path.as_ref());
+    match paths.chain(user).find(|path| oci::is_placeholder(path)) {
+        Some(path) => Err(Error::NoSandbox { path: path.clone() }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 impl Shared {
     /// Lets the container share what it asks for.
     ///
     /// # Errors
-    /// [`Error::OfTheNode`].
+    /// [`Error::OfTheNode`], [`Error::NoUserNamespace`].
     pub fn join(&self, plan: &mut Plan) -> Result<(), Error> {
         let Namespaces { pid, network, ipc, uts, cgroup: _, time: _ } = &mut plan.namespaces;
         for (kind, namespace) in [(Kind::Pid, pid), (Kind::Ipc, ipc), (Kind::Uts, uts)] {
@@ -108,6 +116,13 @@ impl Shared {
         match network {
             Namespace::Path(path) if *path != placeholder(Kind::Network) => {}
             _ => *network = self.namespace(Kind::Network),
+        }
+        let user = plan.user_namespace.as_mut().and_then(|user| user.path.as_mut());
+        if let Some(path) = user.filter(|path| **path == placeholder(Kind::User)) {
+            if !self.maps_users {
+                return Err(Error::NoUserNamespace { path: path.clone() });
+            }
+            *path = self.file(Kind::User);
         }
         let names =
             [("hostname", plan.hostname.is_some()), ("domainname", plan.domainname.is_some())];
@@ -127,17 +142,9 @@ impl Shared {
         Ok(())
     }
 
-    fn planned(&self, kind: Kind) -> &Namespace {
-        match kind {
-            Kind::Ipc => &self.namespaces.ipc,
-            Kind::Network => &self.namespaces.network,
-            Kind::Pid => &self.namespaces.pid,
-            Kind::Uts => &self.namespaces.uts,
-        }
-    }
-
     fn holds(&self, kind: Kind) -> bool {
-        *self.planned(kind) != Namespace::Host
+        let mut planned = by_kind(&self.namespaces).into_iter();
+        planned.any(|(planned, namespace)| planned == kind && *namespace != Namespace::Host)
     }
 
     fn namespace(&self, kind: Kind) -> Namespace {
@@ -145,7 +152,11 @@ impl Shared {
     }
 
     fn path(&self, kind: Kind) -> Namespace {
-        Namespace::Path(format!("/proc/{}/ns/{}", self.pid, kind.file()).into())
+        Namespace::Path(self.file(kind))
+    }
+
+    fn file(&self, kind: Kind) -> PathBuf {
+        format!("/proc/{}/ns/{}", self.pid, kind.file()).into()
     }
 
     fn share_memory(&self, mounts: &mut [PlannedMount]) {
@@ -174,6 +185,8 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use crate::oci::plan::{IdMappings, UserNamespace};
+
     use super::*;
 
     fn namespaces(one: &Namespace) -> Namespaces {
@@ -189,7 +202,8 @@ mod tests {
     }
 
     fn sandbox(namespace: &Namespace) -> Shared {
-        Shared { pid: 42, namespaces: namespaces(namespace), memory: "/run/shm".into() }
+        let namespaces = namespaces(namespace);
+        Shared { pid: 42, namespaces, maps_users: false, memory: "/run/shm".into() }
     }
 
     /// A container whose namespaces have these paths; the others are the node's.
@@ -263,8 +277,29 @@ mod tests {
     #[test]
     fn without_a_sandbox_a_placeholder_is_refused() {
         let member = plan(&[("ipc", "/proc/1/ns/ipc")], "");
-        let refused = refuse_placeholders(&member.namespaces).unwrap_err().to_string();
+        let refused = refuse_placeholders(&member).unwrap_err().to_string();
         assert!(refused.contains("/proc/1/ns/ipc") && refused.contains("no sandbox"), "{refused}");
-        refuse_placeholders(&plan(&[("ipc", "/proc/12/ns/ipc")], "").namespaces).unwrap();
+        refuse_placeholders(&plan(&[("ipc", "/proc/12/ns/ipc")], "")).unwrap();
+    }
+
+    #[test]
+    fn the_sandbox_s_ids_are_shared_if_it_has_any() {
+        let member = || {
+            let mut member = plan(&[], "");
+            let ids = vec![crate::oci::plan::IdMapping { container: 0, host: 100_000, size: 1000 }];
+            member.user_namespace = Some(UserNamespace {
+                path: Some("/proc/1/ns/user".into()),
+                mappings: IdMappings { uids: ids.clone(), gids: ids },
+            });
+            member
+        };
+        let mut joined = member();
+        Shared { maps_users: true, ..sandbox(&Namespace::New) }.join(&mut joined).unwrap();
+        let path = joined.user_namespace.and_then(|user| user.path);
+        assert_eq!(path.as_deref(), Some(Path::new("/proc/42/ns/user")));
+        let refused = sandbox(&Namespace::New).join(&mut member()).unwrap_err().to_string();
+        assert!(refused.contains("no user namespace"), "{refused}");
+        let refused = refuse_placeholders(&member()).unwrap_err().to_string();
+        assert!(refused.contains("/proc/1/ns/user"), "{refused}");
     }
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 
-use crate::oci::plan::{Namespace, Namespaces};
+use crate::oci::plan::{Namespace, Namespaces, UserNamespace};
 use crate::sys;
 
 /// What is wrong with a namespace.
@@ -43,6 +43,7 @@ pub enum Kind {
     Ipc,
     Network,
     Pid,
+    User,
     Uts,
 }
 
@@ -54,6 +55,7 @@ impl Kind {
             Self::Ipc => libc::CLONE_NEWIPC,
             Self::Network => libc::CLONE_NEWNET,
             Self::Pid => libc::CLONE_NEWPID,
+            Self::User => libc::CLONE_NEWUSER,
             Self::Uts => libc::CLONE_NEWUTS,
         }
     }
@@ -65,6 +67,7 @@ impl Kind {
             Self::Ipc => "ipc",
             Self::Network => "net",
             Self::Pid => "pid",
+            Self::User => "user",
             Self::Uts => "uts",
         }
     }
@@ -76,12 +79,13 @@ impl std::fmt::Display for Kind {
             Self::Ipc => "ipc",
             Self::Network => "network",
             Self::Pid => "pid",
+            Self::User => "user",
             Self::Uts => "uts",
         })
     }
 }
 
-/// The namespaces by their kinds.
+/// The namespaces by their kinds, but for that of users.
 #[must_use]
 pub fn by_kind(namespaces: &Namespaces) -> [(Kind, &Namespace); 4] {
     [
@@ -97,17 +101,20 @@ pub fn by_kind(namespaces: &Namespaces) -> [(Kind, &Namespace); 4] {
 pub struct Joined(Vec<(Kind, PathBuf, File)>);
 
 impl Joined {
-    /// Opens those that are given by a path. Blocks.
+    /// Opens those that are given by a path, that of users last: who has joined it has no right to the
+    /// node's any more. Blocks.
     ///
     /// # Errors
     /// [`Error::Gone`], [`Error::Open`], [`Error::Other`].
-    pub fn open(namespaces: &Namespaces) -> Result<Self, Error> {
+    pub fn open(namespaces: &Namespaces, user: Option<&UserNamespace>) -> Result<Self, Error> {
         let paths =
             by_kind(namespaces).into_iter().filter_map(|(kind, namespace)| match namespace {
                 Namespace::Path(path) => Some((kind, path)),
                 Namespace::New | Namespace::Host => None,
             });
-        let opened = paths.map(|(kind, path)| Ok((kind, path.clone(), open(kind, path)?)));
+        let user = user.and_then(|user| Some((Kind::User, user.path.as_ref()?)));
+        let opened =
+            paths.chain(user).map(|(kind, path)| Ok((kind, path.clone(), open(kind, path)?)));
         Ok(Self(opened.collect::<Result<_, _>>()?))
     }
 
@@ -127,6 +134,22 @@ impl Joined {
             }
         }
         Ok(())
+    }
+
+    /// The user namespace that the network belongs to, if it is not the node's own: only who is in it
+    /// may change that network, or mount a sysfs that shows it. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Open`].
+    pub fn owner_of_network(&self) -> Result<Option<OwnedFd>, Error> {
+        let network = self.0.iter().find(|(kind, ..)| *kind == Kind::Network);
+        let Some((kind, path, file)) = network else { return Ok(None) };
+        let failed = |source| Error::Open { kind: *kind, path: path.clone(), source };
+        let owner = File::from(sys::namespace::owner(file.as_fd()).map_err(failed)?);
+        let (theirs, ours) = (owner.metadata(), std::fs::metadata("/proc/self/ns/user"));
+        let (theirs, ours) = (theirs.map_err(failed)?, ours.map_err(failed)?);
+        let is_ours = (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino());
+        Ok((!is_ours).then(|| owner.into()))
     }
 
     /// The open namespaces.
@@ -172,7 +195,7 @@ mod tests {
             cgroup: Namespace::New,
             time: Namespace::Host,
         };
-        Joined::open(&namespaces).map_err(|error| error.to_string())
+        Joined::open(&namespaces, None).map_err(|error| error.to_string())
     }
 
     #[test]

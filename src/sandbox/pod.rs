@@ -1,10 +1,10 @@
 //! What exists on the node because of one pod sandbox: the holder of its namespaces, its cgroup, and
 //! its shared memory.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,11 +13,13 @@ use proxmox_shim_init::protocol::{HolderSetup, VERSION};
 
 use crate::ledger::{self, ProcessId, Record, RunDir};
 use crate::lxc::cgroup::{self, Cgroup};
+use crate::lxc::subordinate_ids;
 use crate::oci;
-use crate::oci::plan::{Namespace, Namespaces, Resources};
+use crate::oci::plan::{Namespace, Namespaces, Resources, UserNamespace};
 use crate::sandbox::holder::{self, Holder, Waiting};
 use crate::sandbox::namespace::{self, Joined, by_kind};
 use crate::sys::mount;
+use crate::sys::user_namespace::{has_mappings, with_mappings};
 
 /// Why a pod has no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +33,27 @@ pub enum Error {
     /// The cgroup can't be made, or a limit can't be set.
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    /// LXC may not use the ids of the pod's user namespace.
+    #[error(transparent)]
+    SubordinateIds(#[from] subordinate_ids::Error),
+    /// The user namespace can't be made, or looked at.
+    #[error("make the pod's user namespace")]
+    UserNamespace(#[source] io::Error),
+    /// An existing user namespace, that of the network perhaps, has other ids.
+    #[error(
+        "linux.uidMappings and linux.gidMappings are not those of the user namespace that the pod \
+         sandbox joins"
+    )]
+    Mappings,
     /// The run directory failed.
     #[error(transparent)]
     Ledger(#[from] ledger::Error),
     /// The shared memory can't be mounted.
     #[error("mount the pod's shared memory at {path}")]
     SharedMemory { path: PathBuf, source: io::Error },
+    /// The holder could not tell its status.
+    #[error("create {path}")]
+    ExitRecord { path: PathBuf, source: io::Error },
     /// The runtime ends.
     #[error("the shim is shutting down")]
     ShuttingDown,
@@ -47,6 +64,8 @@ pub enum Error {
 pub struct Plan {
     /// Of these, the cgroup namespace is not made: nobody can join one.
     pub namespaces: Namespaces,
+    /// It owns the new ones.
+    pub user_namespace: Option<UserNamespace>,
     pub hostname: Option<String>,
     pub domainname: Option<String>,
     pub sysctls: Vec<(String, String)>,
@@ -72,6 +91,7 @@ impl Plan {
     pub fn of_pause_container(plan: &oci::plan::Plan, namespace: &str, id: &str) -> Self {
         Self {
             namespaces: plan.namespaces.clone(),
+            user_namespace: plan.user_namespace.clone(),
             hostname: plan.hostname.clone(),
             domainname: plan.domainname.clone(),
             sysctls: plan.sysctls.clone(),
@@ -96,6 +116,7 @@ impl Plan {
         HolderSetup {
             version: VERSION,
             new_namespaces: self.new_namespaces(),
+            user_namespace: self.user_namespace.is_some(),
             hostname: self.hostname.clone(),
             domainname: self.domainname.clone(),
             loopback_up: self.namespaces.network == Namespace::New,
@@ -136,12 +157,12 @@ pub async fn create(
 ) -> Result<(Pod, Waiting), Error> {
     record.holder = true;
     save(dir, record).await?;
-    let namespaces = plan.namespaces.clone();
+    let (namespaces, user) = (plan.namespaces.clone(), plan.user_namespace.clone());
     // Before anything is made: this is what most likely is wrong.
-    let joined = blocking(move || Ok(Joined::open(&namespaces)?)).await?;
+    let joined = blocking(move || joined(&namespaces, user.as_ref())).await?;
     if let Some(bytes) = plan.shared_memory {
-        let path = dir.shm();
-        blocking(move || mount_shared_memory(path, bytes)).await?;
+        let (path, user) = (dir.shm(), plan.user_namespace.clone());
+        blocking(move || mount_shared_memory(path, bytes, user.as_ref())).await?;
     }
     record.cgroups = vec![plan.cgroup.clone()];
     save(dir, record).await?;
@@ -156,9 +177,21 @@ pub async fn create(
         Ok((cgroup, entry))
     })
     .await?;
-    let (holder, waiting) = Holder::start(binary, &plan.setup(), entry, joined.into_fds()).await?;
+    let path = dir.exit();
+    let exit_record = blocking(move || exit_record(path)).await?;
+    let setup = plan.setup();
+    let starting = Holder::start(binary, &setup, exit_record, entry, joined);
+    let (holder, waiting) = starting.await?;
     record.init = Some(ProcessId::of(holder.pid)?);
     save(dir, record).await?;
+    if let Some(UserNamespace { mappings, .. }) = plan.user_namespace.clone() {
+        let pid = holder.pid;
+        blocking(move || {
+            let is_mapped = has_mappings(pid, &mappings.uid_map(), &mappings.gid_map());
+            if is_mapped.map_err(Error::UserNamespace)? { Ok(()) } else { Err(Error::Mappings) }
+        })
+        .await?;
+    }
     let pod = Pod { dir: dir.clone(), record: record.clone(), holder, cgroup: Arc::new(cgroup) };
     Ok((pod, waiting))
 }
@@ -174,8 +207,38 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::ShuttingDown)?
 }
 
+/// The file for the holder's own word of its end.
+fn exit_record(path: PathBuf) -> Result<OwnedFd, Error> {
+    let mut new = OpenOptions::new();
+    let file = new.write(true).create_new(true).mode(0o600).open(&path);
+    file.map(OwnedFd::from).map_err(|source| Error::ExitRecord { path, source })
+}
+
+/// The namespaces that the holder enters before it makes others.
+fn joined(namespaces: &Namespaces, user: Option<&UserNamespace>) -> Result<Vec<OwnedFd>, Error> {
+    let joined = Joined::open(namespaces, user)?;
+    let Some(UserNamespace { path, mappings }) = user else { return Ok(joined.into_fds()) };
+    // The pod's containers will be LXC's.
+    subordinate_ids::check(mappings)?;
+    let user = match path {
+        Some(_) => None,
+        None => Some(match joined.owner_of_network()? {
+            Some(owner) => owner,
+            None => with_mappings(&mappings.uid_map(), &mappings.gid_map())
+                .map_err(Error::UserNamespace)?,
+        }),
+    };
+    let mut joined = joined.into_fds();
+    joined.extend(user);
+    Ok(joined)
+}
+
 /// As the kubelet's own: world-writable, nothing in it is executed.
-fn mount_shared_memory(path: PathBuf, bytes: u64) -> Result<(), Error> {
+fn mount_shared_memory(
+    path: PathBuf,
+    bytes: u64,
+    user: Option<&UserNamespace>,
+) -> Result<(), Error> {
     const ATTRIBUTES: u64 =
         libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let mount = || -> io::Result<()> {
@@ -184,6 +247,11 @@ fn mount_shared_memory(path: PathBuf, bytes: u64) -> Result<(), Error> {
         fs.set("source", b"shm")?;
         fs.set("mode", b"1777")?;
         fs.set("size", bytes.to_string().as_bytes())?;
+        if let Some(UserNamespace { mappings, .. }) = user {
+            for (option, root) in [("uid", mappings.host_uid(0)), ("gid", mappings.host_gid(0))] {
+                fs.set(option, root.unwrap_or_default().to_string().as_bytes())?;
+            }
+        }
         let tree = fs.mount(ATTRIBUTES)?;
         mount::attach(tree.as_fd(), std::fs::File::open(&path)?.as_fd())
     };

@@ -9,9 +9,9 @@ use serde_json::{Map, Value, json};
 
 /// The options of a sandbox, if containerd's CRI plugin asks for it.
 const POD_SANDBOX_CONFIG: &str = "runtime.v1.PodSandboxConfig";
-/// `NamespaceMode.NODE`, and of user namespaces `POD`.
+/// Of `NamespaceMode`.
+const POD: u64 = 0;
 const NODE: u64 = 2;
-const USERNS_POD: u64 = 0;
 
 /// Why a request can't be translated.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -23,8 +23,10 @@ pub enum Error {
     #[error("config.json of the sandbox: {reason}")]
     Bundle { reason: String },
     /// Something that can't be had.
-    #[error("linux.security_context.namespace_options.userns_options: {0}")]
-    UserNamespace(&'static str),
+    #[error(
+        "linux.security_context.namespace_options.userns_options.mode: {0} is neither POD nor NODE"
+    )]
+    UserNamespace(u64),
 }
 
 /// A field's value in an encoded message.
@@ -84,6 +86,16 @@ impl Fields {
         Self::parse(self.all(field).last().unwrap_or_default())
     }
 
+    /// Of `IDMapping`, as the specification has them.
+    fn id_mappings(&self, field: u32) -> Result<Vec<Value>, Error> {
+        let mapping = |bytes| {
+            let mapping = Self::parse(bytes)?;
+            let [host, container, size] = [1, 2, 3].map(|field| mapping.number(field));
+            Ok(json!({"hostID": host, "containerID": container, "size": size}))
+        };
+        self.all(field).map(mapping).collect()
+    }
+
     /// A `map<string, string>`.
     fn map(&self, field: u32) -> Result<Map<String, Value>, Error> {
         let mut map = Map::new();
@@ -136,13 +148,18 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
     let linux = config.message(8)?;
     let security = linux.message(2)?;
     let modes = security.message(1)?;
-    if modes.all(5).next().is_some() && modes.message(5)?.number(1) == USERNS_POD {
-        return Err(Error::UserNamespace(
-            "a user namespace for the pod cannot be had; use hostUsers: true",
-        ));
-    }
+    let users = match modes.all(5).next() {
+        Some(_) => Some(modes.message(5)?),
+        None => None,
+    };
+    let users = match users.as_ref().map(|users| users.number(1)) {
+        None | Some(NODE) => None,
+        Some(POD) => users,
+        Some(mode) => return Err(Error::UserNamespace(mode)),
+    };
 
     let mut namespaces = vec![json!({"type": "mount"})];
+    namespaces.extend(users.is_some().then(|| json!({"type": "user"})));
     match request.network {
         Some(Network::Path(path)) => namespaces.push(json!({"type": "network", "path": path})),
         Some(Network::New) => namespaces.push(json!({"type": "network"})),
@@ -172,6 +189,11 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
         _ => Map::new(),
     };
     fields.insert("namespaces".to_owned(), namespaces.into());
+    if let Some(users) = users {
+        for (name, field) in [("uidMappings", 2), ("gidMappings", 3)] {
+            fields.insert(name.to_owned(), users.id_mappings(field)?.into());
+        }
+    }
     let sysctls = linux.map(3)?;
     if !sysctls.is_empty() {
         fields.insert("sysctl".to_owned(), sysctls.into());
@@ -246,17 +268,31 @@ mod tests {
         assert!(spec.get("hostname").is_none());
     }
 
+    /// The options of a pod with these options of its user namespace.
+    fn with_users(options: &[u8]) -> Vec<u8> {
+        bytes(8, &bytes(2, &bytes(1, &bytes(5, options))))
+    }
+
     #[test]
-    fn a_user_namespace_and_broken_options_are_refused() {
-        let users = bytes(8, &bytes(2, &bytes(1, &bytes(5, &[]))));
+    fn a_pod_may_have_its_own_ids() {
+        let mapping = [1 << 3, 100, 2 << 3, 0, 3 << 3, 10];
+        let spec = of(&with_users(&[bytes(2, &mapping), bytes(3, &mapping)].concat()), None);
+        assert_eq!(kinds(&spec), ["mount", "user", "uts", "pid", "ipc"]);
+        let mapping = json!([{"hostID": 100, "containerID": 0, "size": 10}]);
+        assert_eq!([&spec["linux"]["uidMappings"], &spec["linux"]["gidMappings"]], [&mapping; 2]);
+        let node = of(&with_users(&[1 << 3, 2]), None);
+        assert_eq!(kinds(&node), ["mount", "uts", "pid", "ipc"]);
+        assert!(node["linux"].get("uidMappings").is_none());
+    }
+
+    #[test]
+    fn broken_options_are_refused() {
         let refused = |options: &[u8]| {
             let options = Some((POD_SANDBOX_CONFIG, options));
-            of_pause_container(&Request { id: "s", options, ..Request::default() })
+            of_pause_container(&Request { id: "s", options, ..Request::default() }).unwrap_err()
         };
-        assert!(matches!(refused(&users), Err(Error::UserNamespace(_))));
-        assert_eq!(refused(&[0xff]), Err(Error::Malformed));
-        let node = bytes(8, &bytes(2, &bytes(1, &bytes(5, &[1 << 3, 2]))));
-        assert!(refused(&node).is_ok());
+        assert_eq!(refused(&[0xff]), Error::Malformed);
+        assert_eq!(refused(&with_users(&[1 << 3, 1])), Error::UserNamespace(1));
     }
 
     #[test]

@@ -51,6 +51,26 @@ pub fn with_mappings(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     namespace.map(OwnedFd::from)
 }
 
+/// Whether the user namespace of a process has these mappings, in any order.
+///
+/// # Errors
+/// `ENOENT` if the process has ended.
+pub fn has_mappings(pid: i32, uid_map: &str, gid_map: &str) -> io::Result<bool> {
+    let has = |name: &str, wanted: &str| {
+        let actual = fs::read_to_string(format!("/proc/{pid}/{name}"))?;
+        Ok::<_, io::Error>(lines(&actual) == lines(wanted))
+    };
+    Ok(has("uid_map", uid_map)? && has("gid_map", gid_map)?)
+}
+
+/// The lines of a map, sorted, without the kernel's alignment.
+fn lines(map: &str) -> Vec<String> {
+    let mut lines: Vec<String> =
+        map.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    lines.sort();
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -164,8 +164,10 @@ impl Building {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
         self.save().await?;
-        let namespaces = plan.namespaces.clone();
-        let joined = blocking(move || Ok(Joined::open(&namespaces).map_err(pod::Error::from)?));
+        let (namespaces, user) = (plan.namespaces.clone(), plan.user_namespace.clone());
+        let joined = blocking(move || {
+            Ok(Joined::open(&namespaces, user.as_ref()).map_err(pod::Error::from)?)
+        });
         let joined = joined.await?;
         let (mounts, target) = (request.rootfs.clone(), self.record.rootfs());
         let stdio_context = self.env.stdio_context(&request.id, None, &request.bundle);
@@ -305,7 +307,7 @@ impl Building {
         match sandbox {
             State::Running(shared) => shared.join(&mut plan)?,
             State::NotRunning => return Err(member::Error::NotRunning.into()),
-            State::Absent if is_member => member::refuse_placeholders(&plan.namespaces)?,
+            State::Absent if is_member => member::refuse_placeholders(&plan)?,
             State::Absent => {}
         }
         let wish = self.request.config.ct.abstract_sockets;

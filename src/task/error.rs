@@ -161,7 +161,9 @@ impl Error {
             | Self::Oci(_)
             | Self::SandboxSpec(_)
             | Self::DeviceControl(lxc::device_control::Error::Access(_))
-            | Self::Member(member::Error::OfTheNode { .. }) => Code::INVALID_ARGUMENT,
+            | Self::Member(
+                member::Error::OfTheNode { .. } | member::Error::NoUserNamespace { .. },
+            ) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Cancelled { .. } => Code::CANCELLED,
             Self::Pve(error) => pve_code(error),
@@ -216,10 +218,14 @@ fn sandbox_code(error: &pod::Error) -> Code {
             namespace::Error::Other { .. } => Code::INVALID_ARGUMENT,
             namespace::Error::Open { .. } => Code::UNKNOWN,
         },
+        pod::Error::Mappings => Code::INVALID_ARGUMENT,
+        pod::Error::SubordinateIds(_) => Code::FAILED_PRECONDITION,
         pod::Error::ShuttingDown => Code::UNAVAILABLE,
         pod::Error::Holder(_)
         | pod::Error::Cgroup(_)
         | pod::Error::Ledger(_)
+        | pod::Error::UserNamespace(_)
+        | pod::Error::ExitRecord { .. }
         | pod::Error::SharedMemory { .. } => Code::UNKNOWN,
     }
 }

@@ -324,12 +324,6 @@ async fn build(
     for warning in &plan.warnings {
         log::warn!(container = request.id.as_str(); "{warning}");
     }
-    if plan.user_namespace.is_some() {
-        return Err(Error::Argument {
-            field: "linux.uidMappings",
-            reason: "a pod sandbox with a user namespace is not available yet".to_owned(),
-        });
-    }
     for (field, hooks) in [
         ("hooks.createContainer", &plan.hooks.create_container),
         ("hooks.startContainer", &plan.hooks.start_container),

@@ -215,7 +215,7 @@ pub async fn reclaim(
     }
     let pid = record.init.map_or(0, |init| init.pid.unsigned_abs());
     let ended = kill(&record, RECLAIM_MONITOR_TIMEOUT).await;
-    // A holder has no stop hook.
+    // A holder has no stop hook: what it wrote was there before it ended.
     let exit = recorded(&dir, record.init.is_some() && !record.holder).await.unwrap_or(killed);
     known(Ended { pid, exit });
     ended?;

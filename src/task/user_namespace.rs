@@ -13,6 +13,7 @@ use crate::lxc::rootfs::{RootfsMount, UserIds};
 use crate::lxc::{devices, subordinate_ids};
 use crate::oci::plan::{IdMappings, Plan, UserNamespace};
 use crate::sys::limits;
+use crate::sys::user_namespace::has_mappings;
 use crate::task::error::{Error, Result};
 
 /// Made before the CT exists.
@@ -119,29 +120,18 @@ pub fn rootfs(mounts: Vec<RootfsMount>, root: &Path, target: &Path) -> Result<Ve
 /// # Errors
 /// They differ.
 pub fn verify(user: &UserNamespace, pid: i32) -> Result<()> {
-    let read = |name: &str| {
-        std::fs::read_to_string(format!("/proc/{pid}/{name}"))
-            .map_err(|source| Error::Io { action: "read the id mappings of the CT's init", source })
-    };
-    let actual = (lines(&read("uid_map")?), lines(&read("gid_map")?));
-    let wanted = (lines(&user.mappings.uid_map()), lines(&user.mappings.gid_map()));
-    match actual == wanted {
-        true => Ok(()),
-        false => Err(Error::Argument {
+    let mappings = &user.mappings;
+    let is_mapped = has_mappings(pid, &mappings.uid_map(), &mappings.gid_map());
+    match is_mapped {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Argument {
             field: "linux.uidMappings",
             reason: "and linux.gidMappings are not those of the user namespace that the \
                      container joins"
                 .to_owned(),
         }),
+        Err(source) => Err(Error::Io { action: "read the id mappings of the CT's init", source }),
     }
-}
-
-/// The lines of a map, sorted, without the kernel's alignment.
-fn lines(map: &str) -> Vec<String> {
-    let mut lines: Vec<String> =
-        map.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
-    lines.sort();
-    lines
 }
 
 /// Sets what only the node's root may set of a process: init must not do it again, see [`rest`].

@@ -2,22 +2,24 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Response, Status as GrpcStatus};
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    AttachRequest, Capability, ContainerConfig, ContainerMetadata, ContainerState,
+    AttachRequest, Capability, CdiDevice, ContainerConfig, ContainerMetadata, ContainerState,
     ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CpuUsage,
-    CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec, Int64Value,
+    CreateContainerRequest, Device, ExecRequest, ExecSyncRequest, IdMapping, ImageSpec, Int64Value,
     LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, MemoryUsage, Mount,
     MountPropagation, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
     PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, PortForwardRequest,
     PortMapping, RemoveContainerRequest, RemovePodSandboxRequest, ReopenContainerLogRequest,
-    RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
+    RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StatusRequest,
+    StopContainerRequest, StopPodSandboxRequest, SupplementalGroupsPolicy,
+    UpdateContainerResourcesRequest, UserNamespace, VersionRequest,
 };
 use prost::Message as _;
 
@@ -25,27 +27,39 @@ use super::grpc::{self, Failure, RuntimeOptions};
 use super::image::{IMAGE, PAUSE_IMAGE};
 use super::node::Node;
 
+/// The size of a pod's user namespace, which is the kubelet's.
+pub const IDS: u32 = 65_536;
+
+const PROXMOX_TYPE: &str = "runtime_type = \"io.containerd.proxmox.v2\"";
+
 /// The configuration of a containerd that serves CRI: the shipped file, and what belongs to this node.
 pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
     let root = node.root.display();
     let (major, _) = node.setting.version();
     let shipped = shipped(&format!("containerd-{}.toml", major.min(2)));
     // What is offered as a comment must work too.
+    let has_options = sandboxer != "shim" && !node.cri_without_options();
+    let as_runc = node.cri_without_options() && major > 1 && sandboxer != "shim";
     let mut runtime = String::new();
     for line in shipped.lines() {
         let line = match line.trim_start().strip_prefix('#') {
-            Some(option) if option.starts_with('[') && sandboxer != "shim" => option,
-            Some(option) if option.starts_with("ConfigPath") && sandboxer != "shim" => {
+            Some(option) if option.starts_with('[') && has_options => option,
+            Some(option) if option.starts_with("ConfigPath") && has_options => {
                 &format!("ConfigPath = \"{}\"", node.shim_config().display())
             }
             Some(option) if option.starts_with("sandboxer") && sandboxer == "shim" => option,
+            Some(option) if option.starts_with("runtime_type") && as_runc => option,
+            Some(option) if option.starts_with("runtime_path") && as_runc => {
+                &format!("runtime_path = \"{}\"", wrapper(node).display())
+            }
+            _ if line == PROXMOX_TYPE && as_runc => "",
             _ if line.starts_with("version") => "",
             _ => line,
         };
         runtime.push_str(line);
         runtime.push('\n');
     }
-    if sandboxer == "shim" {
+    if !has_options {
         write_wrapper(node);
     }
     let cni = write_cni_config(node);
@@ -68,6 +82,11 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
             ("plugins.'io.containerd.cri.v1.runtime'", images)
         }
     };
+    // From 1.7 on.
+    let cdi = match node.setting.version() >= (1, 7) {
+        true => format!("enable_cdi = true\ncdi_spec_dirs = [\"{root}/cdi\"]\n"),
+        false => String::new(),
+    };
     let version = if major == 1 { 2 } else { 3 };
     let disabled = [
         "io.containerd.internal.v1.opt",
@@ -85,17 +104,18 @@ pub fn containerd_config(node: &Node, sandboxer: &str) -> String {
          [debug]\naddress = \"{root}/d.sock\"\nlevel = \"debug\"\n\n\
          [plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\n\
          {images}restrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true\n\
-         enable_unprivileged_ports = true\n\
+         enable_unprivileged_ports = true\n{cdi}\
          [{cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{cni}\"\n\n{runtime}"
     )
 }
 
-/// With this sandboxer, containerd 2.1 takes the options of any runtime for runc's and fails to create
-/// containers, so there can be none. Instead of a configuration in `/etc`, which belongs to the host, a
+/// With the sandboxer `shim`, and for pods with a user namespace, containerd 2.1 takes the options of any
+/// runtime for runc's and fails to create containers, so there can be none. Instead of a configuration in `/etc`, which belongs to the host, a
 /// program of the shim's name hands them to it.
 fn write_wrapper(node: &Node) {
-    let directory = node.root.join("bin");
-    fs::create_dir_all(&directory).expect("create a directory");
+    let wrapper = wrapper(node);
+    let directory = wrapper.parent().expect("it is in a directory");
+    fs::create_dir_all(directory).expect("create a directory");
     let config_path = node.shim_config().display().to_string();
     let options = RuntimeOptions { config_path, ..RuntimeOptions::default() };
     let options = prost_types::Any {
@@ -111,9 +131,13 @@ fn write_wrapper(node: &Node) {
         shim = shim.display(),
         file = file.display(),
     );
-    let wrapper = directory.join(shim.file_name().expect("it has a name"));
     fs::write(&wrapper, script).expect("write the wrapper");
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).expect("make it executable");
+}
+
+fn wrapper(node: &Node) -> PathBuf {
+    let shim = node.setting.shim_binary(&node.setting.runtime);
+    node.root.join("bin").join(shim.file_name().expect("it has a name"))
 }
 
 fn write_cni_config(node: &Node) -> String {
@@ -162,6 +186,8 @@ pub struct Pod {
     pub host_port: Option<(i32, i32)>,
     pub sysctls: Vec<(&'static str, &'static str)>,
     pub privileged: bool,
+    /// The node's id of its root, if it has a user namespace, of [`IDS`] ids.
+    pub users: Option<u32>,
     pub annotations: Vec<(String, String)>,
     pub cgroup: String,
     logs: String,
@@ -178,6 +204,7 @@ impl Pod {
             host_port: None,
             sysctls: Vec::new(),
             privileged: false,
+            users: None,
             annotations: Vec::new(),
             cgroup: format!("/{}/{name}", node.tag),
             logs: logs.display().to_string(),
@@ -194,7 +221,17 @@ impl Pod {
 
     fn namespace_options(&self) -> NamespaceOption {
         let [network, pid, ipc] = self.namespaces.map(i32::from);
-        NamespaceOption { network, pid, ipc, ..NamespaceOption::default() }
+        let userns_options = self.users.map(|_| UserNamespace {
+            mode: NamespaceMode::Pod.into(),
+            uids: self.id_mappings(),
+            gids: self.id_mappings(),
+        });
+        NamespaceOption { network, pid, ipc, userns_options, ..NamespaceOption::default() }
+    }
+
+    fn id_mappings(&self) -> Vec<IdMapping> {
+        let mapping = |host_id| IdMapping { host_id, container_id: 0, length: IDS };
+        self.users.map(mapping).into_iter().collect()
     }
 
     fn config(&self) -> PodSandboxConfig {
@@ -256,14 +293,26 @@ impl Volume {
 pub struct Container {
     pub name: String,
     pub command: Vec<String>,
+    pub image: Option<String>,
     pub mounts: Vec<Volume>,
+    /// Read-only mounts are so with all below them.
+    pub recursive_read_only: bool,
+    /// `(container path, image)`.
+    pub image_volumes: Vec<(&'static str, &'static str)>,
+    /// `(container path, host path, permissions)`.
+    pub devices: Vec<(&'static str, &'static str, &'static str)>,
+    /// Qualified names.
+    pub cdi_devices: Vec<&'static str>,
     pub tty: bool,
     pub stdin: bool,
     pub stdin_once: bool,
     pub memory: Option<i64>,
     pub cpu_quota: Option<i64>,
+    pub cpu_shares: Option<i64>,
     pub user: Option<(i64, i64)>,
     pub groups: Vec<i64>,
+    /// Not those that the image gives the user.
+    pub strict_groups: bool,
     pub privileged: bool,
     pub read_only: bool,
     pub no_new_privileges: bool,
@@ -273,6 +322,10 @@ pub struct Container {
     pub target: Option<String>,
     /// RuntimeDefault.
     pub seccomp: bool,
+    /// Localhost, in the place of `seccomp`.
+    pub seccomp_profile: Option<String>,
+    /// Unconfined, or a name.
+    pub apparmor: Option<&'static str>,
 }
 
 impl Container {
@@ -290,6 +343,7 @@ impl Container {
         LinuxContainerResources {
             cpu_period: self.cpu_quota.map_or(0, |_| 100_000),
             cpu_quota: self.cpu_quota.unwrap_or_default(),
+            cpu_shares: self.cpu_shares.unwrap_or_default(),
             memory_limit_in_bytes: self.memory.unwrap_or_default(),
             ..LinuxContainerResources::default()
         }
@@ -303,8 +357,11 @@ impl Container {
         }
         let unless_privileged =
             |paths: &[&str]| if self.privileged { Vec::new() } else { words(paths) };
-        let profile =
-            if self.seccomp { ProfileType::RuntimeDefault } else { ProfileType::Unconfined };
+        let profile = match &self.seccomp_profile {
+            Some(_) => ProfileType::Localhost,
+            None if self.seccomp => ProfileType::RuntimeDefault,
+            None => ProfileType::Unconfined,
+        };
         LinuxContainerSecurityContext {
             capabilities: Some(Capability {
                 add_capabilities: words(&self.added),
@@ -317,12 +374,26 @@ impl Container {
             run_as_group: self.user.map(|(_, gid)| Int64Value { value: gid }),
             readonly_rootfs: self.read_only,
             supplemental_groups: self.groups.clone(),
+            supplemental_groups_policy: match self.strict_groups {
+                true => SupplementalGroupsPolicy::Strict.into(),
+                false => SupplementalGroupsPolicy::Merge.into(),
+            },
             no_new_privs: self.no_new_privileges,
             masked_paths: unless_privileged(&["/proc/kcore", "/proc/keys"]),
             readonly_paths: unless_privileged(&["/proc/sys", "/proc/bus"]),
             seccomp: Some(SecurityProfile {
                 profile_type: profile.into(),
-                ..SecurityProfile::default()
+                localhost_ref: self.seccomp_profile.clone().unwrap_or_default(),
+            }),
+            apparmor: self.apparmor.map(|profile| match profile {
+                "unconfined" => SecurityProfile {
+                    profile_type: ProfileType::Unconfined.into(),
+                    localhost_ref: String::new(),
+                },
+                name => SecurityProfile {
+                    profile_type: ProfileType::Localhost.into(),
+                    localhost_ref: name.to_owned(),
+                },
             }),
             ..LinuxContainerSecurityContext::default()
         }
@@ -334,13 +405,34 @@ impl Container {
             host_path: volume.host_path.clone(),
             readonly: volume.read_only,
             propagation: volume.propagation.into(),
+            uid_mappings: pod.id_mappings(),
+            gid_mappings: pod.id_mappings(),
+            recursive_read_only: volume.read_only && self.recursive_read_only,
             ..Mount::default()
         };
+        let image_volume = |(container_path, image): &(&str, &str)| Mount {
+            container_path: (*container_path).to_owned(),
+            readonly: true,
+            image: Some(ImageSpec { image: (*image).to_owned(), ..ImageSpec::default() }),
+            ..Mount::default()
+        };
+        let volumes = self.image_volumes.iter().map(image_volume);
+        let device = |(container, host, permissions): &(&str, &str, &str)| Device {
+            container_path: (*container).to_owned(),
+            host_path: (*host).to_owned(),
+            permissions: (*permissions).to_owned(),
+        };
+        let image = self.image.clone().unwrap_or_else(|| IMAGE.to_owned());
         ContainerConfig {
             metadata: Some(ContainerMetadata { name: self.name.clone(), attempt: 0 }),
-            image: Some(ImageSpec { image: IMAGE.to_owned(), ..ImageSpec::default() }),
+            image: Some(ImageSpec { image, ..ImageSpec::default() }),
             command: self.command.clone(),
-            mounts: self.mounts.iter().map(mount).collect(),
+            mounts: self.mounts.iter().map(mount).chain(volumes).collect(),
+            devices: self.devices.iter().map(device).collect(),
+            cdi_devices: words(&self.cdi_devices)
+                .into_iter()
+                .map(|name| CdiDevice { name })
+                .collect(),
             log_path: self.log(),
             stdin: self.stdin,
             stdin_once: self.stdin_once,
@@ -377,6 +469,7 @@ pub fn shipped(name: &str) -> &'static str {
         "containerd-1.toml",
         "containerd-2.toml",
         "deployment.yaml",
+        "kubernetes.md",
         "pod.yaml",
         "runtimeclass.yaml",
     )
@@ -432,8 +525,12 @@ impl Cri<'_> {
     }
 
     pub fn try_run_pod(&self, pod: &Pod) -> Result<String, Failure> {
-        let request =
-            RunPodSandboxRequest { config: Some(pod.config()), runtime_handler: handler() };
+        self.try_run_pod_of(pod, handler())
+    }
+
+    /// A pod of another RuntimeClass.
+    pub fn try_run_pod_of(&self, pod: &Pod, runtime_handler: String) -> Result<String, Failure> {
+        let request = RunPodSandboxRequest { config: Some(pod.config()), runtime_handler };
         let reply = self.call(async |mut cri| cri.run_pod_sandbox(request).await);
         reply.map(|reply| reply.pod_sandbox_id)
     }
@@ -599,6 +696,15 @@ impl Cri<'_> {
         let reply = self.ok(async |mut cri| cri.pod_sandbox_stats(request).await);
         let linux = reply.stats.and_then(|stats| stats.linux).expect("figures of Linux");
         figures(linux.cpu, linux.memory)
+    }
+
+    /// Whether CRI tells the kubelet of recursive read-only mounts and user namespaces.
+    #[track_caller]
+    pub fn features(&self) -> [bool; 2] {
+        let reply = self.ok(async |mut cri| cri.status(StatusRequest::default()).await);
+        let ours = reply.runtime_handlers.into_iter().find(|found| found.name == handler());
+        let features = ours.and_then(|handler| handler.features).unwrap_or_default();
+        [features.recursive_read_only_mounts, features.user_namespaces]
     }
 
     /// The URL of a stream.

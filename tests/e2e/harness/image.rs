@@ -124,6 +124,15 @@ pub fn write_pause(archive: &Path) {
     write_archive(PAUSE_IMAGE, json!(["/pause"]), &layer, archive);
 }
 
+/// Writes the image of [`write`] under another name, with another command.
+pub fn write_as(name: &str, command: &[&str], rootfs: &Path, archive: &Path) {
+    let mut layer = tar::Builder::new(Vec::new());
+    layer.follow_symlinks(false);
+    layer.append_dir_all(".", rootfs).expect("pack the root file system");
+    let layer = layer.into_inner().expect("finish the layer");
+    write_archive(name, json!(command), &layer, archive);
+}
+
 fn write_archive(name: &str, command: serde_json::Value, layer: &[u8], archive: &Path) {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",

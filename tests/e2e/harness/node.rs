@@ -131,6 +131,8 @@ pub struct Options {
     pub shim_config: String,
     /// Serves CRI, with this sandboxer.
     pub cri: Option<&'static str>,
+    /// CRI's runtime has no options.
+    pub cri_without_options: bool,
 }
 
 /// A running containerd with all that belongs to it.
@@ -264,6 +266,10 @@ impl Node {
 
     pub fn run_dir(&self) -> PathBuf {
         self.root.join("run")
+    }
+
+    pub fn cri_without_options(&self) -> bool {
+        self.options.cri_without_options
     }
 
     /// containerd's bundle of a container.

@@ -7,9 +7,12 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use k8s_cri::v1::MountPropagation::{
+    PropagationBidirectional, PropagationHostToContainer, PropagationPrivate,
+};
 use k8s_cri::v1::{AttachRequest, ExecRequest, NamespaceMode, PortForwardRequest};
 
-use crate::harness::cri::{Container, Cri, Pod, Stream, Volume, words};
+use crate::harness::cri::{Container, Cri, IDS, Pod, Stream, Volume, words};
 use crate::harness::node::{Node, Options};
 use crate::harness::process::{self, Slice, eventually};
 use crate::harness::test::Test;
@@ -23,19 +26,39 @@ own_node!("cri", Options { cri: Some("podsandbox"), ..Options::default() };
     resources_are_limited_counted_and_changed,
     pods_are_in_slices_of_systemd,
     security_contexts_are_applied,
+    profiles_and_groups_are_applied,
+    volumes_propagate_mounts_and_come_from_images,
+    devices_are_given,
     namespaces_are_shared_as_asked,
     a_pod_can_be_in_the_nodes_namespaces,
     pods_survive_restarts_of_containerd,
     thirty_pods_come_and_go_twice,
 );
 
+/// For what containerd offers only if the shim says that it can do it. Its runtime has no options then.
+pub fn feature_cases() -> Vec<crate::suites::Case> {
+    own_node!("cri", Options {
+        cri: Some("podsandbox"), cri_without_options: true, ..Options::default()
+    };
+        features_are_told_to_the_kubelet,
+        mounts_are_read_only_with_all_below_them,
+        pods_have_user_namespaces,
+    );
+    cases()
+}
+
 /// The same with the Sandbox service, which CRI can use from containerd 2.0 on; except for the load,
 /// which is the same, and for pods on the node's network, for which containerd 2.1.9 itself crashes (a nil
 /// pointer in its `NewBundle`).
 pub fn shim_sandboxer_cases() -> Vec<crate::suites::Case> {
-    const OTHERS: [&str; 2] =
-        ["thirty_pods_come_and_go_twice", "a_pod_can_be_in_the_nodes_namespaces"];
-    let own = cases().into_iter().filter(|case| !OTHERS.contains(&case.name));
+    const OTHERS: [&str; 4] = [
+        "thirty_pods_come_and_go_twice",
+        "a_pod_can_be_in_the_nodes_namespaces",
+        "features_are_told_to_the_kubelet",
+        "mounts_are_read_only_with_all_below_them",
+    ];
+    let cases = cases().into_iter().chain(feature_cases());
+    let own = cases.filter(|case| !OTHERS.contains(&case.name));
     own.map(|case| crate::suites::Case {
         suite: "cri_shim",
         needs: crate::suites::Needs::OwnNode(|| Options {
@@ -410,7 +433,6 @@ fn security_contexts_are_applied(t: &Test) {
     let id = cri.run_pod(&pod);
     let mut container = Container::idle("privileged");
     container.privileged = true;
-    // Bidirectional propagation; the node's directory must be shared for it.
     container.mounts.push(Volume::new("/data", &shared));
     let privileged = cri.run(&id, &pod, &container);
     let own = process::status_field(std::process::id(), "CapBnd").expect("our capabilities");
@@ -424,6 +446,308 @@ fn security_contexts_are_applied(t: &Test) {
     container.mounts.push(Volume::new("/x", "/proc/nonexistent"));
     cri.try_create(&id, &pod, &container).expect_err("the source can't exist");
     finish(&cri);
+}
+
+fn profiles_and_groups_are_applied(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "profiles");
+    let id = cri.run_pod(&pod);
+    let profile = t.node.root.join("seccomp.json").display().to_string();
+    let rule = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 31}]}"#;
+    fs::write(&profile, rule).expect("write the profile");
+    let mut container = Container::idle("localhost");
+    container.seccomp_profile = Some(format!("localhost/{profile}"));
+    let localhost = cri.run(&id, &pod, &container);
+    let made = cri.exec(&localhost, "mkdir /tmp/x");
+    assert!(made.status != 0 && made.stderr.contains("Too many links"), "{made:?}");
+    cri.output(&localhost, "touch /tmp/x");
+    container.name = "missing".to_owned();
+    container.seccomp_profile = Some(format!("localhost/{profile}.missing"));
+    cri.try_create(&id, &pod, &container).expect_err("there is no such profile");
+
+    let enabled = fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+    let mut container = Container::idle("confined");
+    if enabled.is_ok_and(|enabled| enabled.starts_with('Y')) {
+        // containerd gives it its own by default.
+        let confined = cri.run(&id, &pod, &container);
+        let label = "cat /proc/1/attr/current /proc/self/attr/current";
+        let own = "cri-containerd.apparmor.d (enforce)";
+        assert_eq!(cri.output(&confined, label), format!("{own}\n{own}"));
+        assert_ne!(cri.exec(&confined, "echo 1 > /proc/sysrq-trigger").status, 0);
+        (container.name, container.apparmor) = ("unconfined".to_owned(), Some("unconfined"));
+        let unconfined = cri.run(&id, &pod, &container);
+        assert_eq!(cri.output(&unconfined, label), "unconfined\nunconfined");
+        container.name = "named".to_owned();
+        container.apparmor = Some("localhost/cri-containerd.apparmor.d");
+        let named = cri.run(&id, &pod, &container);
+        assert_eq!(cri.output(&named, label), format!("{own}\n{own}"));
+        (container.name, container.apparmor) = ("absent".to_owned(), Some("localhost/absent"));
+        cri.try_create(&id, &pod, &container).expect_err("there is no such profile");
+    } else {
+        // Never silently without.
+        container.apparmor = Some("localhost/absent");
+        let refused = cri.try_create(&id, &pod, &container).expect_err("the node cannot");
+        assert!(refused.message.contains("apparmor"), "{refused:?}");
+    }
+
+    // From 2.0 on.
+    if t.node.setting.version() >= (2, 0) {
+        let mut container = Container::idle("strict");
+        (container.user, container.groups) = (Some((1000, 1001)), vec![2000]);
+        container.strict_groups = true;
+        let strict = cri.run(&id, &pod, &container);
+        assert_eq!(
+            cri.output(&strict, "id -G; grep Groups: /proc/1/status"),
+            "1001 2000\nGroups:\t1001 2000"
+        );
+    }
+    finish(&cri);
+}
+
+/// A directory of the node with mounts of its own, shared with whoever has it.
+struct SharedDirectory(String);
+
+impl SharedDirectory {
+    fn new(path: &std::path::Path) -> SharedDirectory {
+        fs::create_dir_all(path.join("below")).expect("create a directory");
+        let path = path.display().to_string();
+        mount(&["--bind", &path, &path]);
+        mount(&["--make-shared", &path]);
+        SharedDirectory(path)
+    }
+
+    fn mount_below(&self, file: &str) {
+        let below = format!("{}/below", self.0);
+        mount(&["-t", "tmpfs", "none", &below]);
+        fs::write(format!("{below}/{file}"), "x").expect("write");
+    }
+}
+
+impl Drop for SharedDirectory {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").args(["--recursive", &self.0]).status();
+    }
+}
+
+fn mount(arguments: &[&str]) {
+    process::run(std::process::Command::new("mount").args(arguments)).ok();
+}
+
+fn volumes_propagate_mounts_and_come_from_images(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "volumes");
+    let id = cri.run_pod(&pod);
+    let shared = SharedDirectory::new(&t.node.root.join("shared"));
+    let volume = |name: &str, propagation| {
+        let mut container = Container::idle(name);
+        container.mounts.push(Volume { propagation, ..Volume::new("/data", &shared.0) });
+        container
+    };
+    let private = cri.run(&id, &pod, &volume("private", PropagationPrivate));
+    let slave = cri.run(&id, &pod, &volume("slave", PropagationHostToContainer));
+    shared.mount_below("late");
+    assert_ne!(cri.exec(&private, "test -e /data/below/late").status, 0);
+    cri.output(&slave, "test -e /data/below/late");
+    // What is mounted already is there for everybody, and is not read-only because what is above is.
+    let mut container = volume("late", PropagationPrivate);
+    container.mounts[0].read_only = true;
+    let late = cri.run(&id, &pod, &container);
+    cri.output(&late, "test -e /data/below/late && touch /data/below/only-the-top-is");
+    assert_ne!(cri.exec(&late, "touch /data/x").status, 0);
+
+    // Bidirectional propagation is for privileged containers.
+    let mut privileged = Pod::new(&t.node, "csi");
+    privileged.privileged = true;
+    let driver_pod = cri.run_pod(&privileged);
+    let mut container = volume("driver", PropagationBidirectional);
+    container.privileged = true;
+    let driver = cri.run(&driver_pod, &privileged, &container);
+    cri.output(&driver, "mkdir /data/published && mount -t tmpfs none /data/published");
+    cri.output(&driver, "touch /data/published/by-driver");
+    assert!(std::path::Path::new(&shared.0).join("published/by-driver").exists());
+    cri.output(&slave, "test -e /data/published/by-driver");
+    cri.output(&driver, "umount /data/published");
+    assert_ne!(cri.exec(&slave, "test -e /data/published/by-driver").status, 0);
+    // A directory whose mounts nobody shares cannot propagate any.
+    mount(&["--make-private", &shared.0]);
+    container.name = "unshared".to_owned();
+    let refused = cri.try_create(&driver_pod, &privileged, &container);
+    let refused = refused.and_then(|created| cri.try_start(&created));
+    let message = refused.expect_err("the mount is private").message;
+    assert!(message.contains("not a shared mount"), "{message}");
+    if t.node.setting.version() >= (2, 1) {
+        let mut container = Container::idle("with-image");
+        container.image_volumes = vec![("/volume", crate::harness::image::IMAGE)];
+        let with_image = cri.run(&id, &pod, &container);
+        assert_eq!(cri.output(&with_image, "cat /volume/etc/not-executable"), "#!/bin/sh");
+        assert_ne!(cri.exec(&with_image, "touch /volume/x").status, 0);
+    }
+    // What is mounted below the node's directory is no remainder of the pods.
+    drop(shared);
+    finish(&cri);
+}
+
+fn devices_are_given(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "devices");
+    let id = cri.run_pod(&pod);
+    let mut container = Container::idle("plain");
+    container.devices =
+        vec![("/dev/clock", "/dev/zero", "r"), ("/dev/inner/null", "/dev/null", "rwm")];
+    let plain = cri.run(&id, &pod, &container);
+    assert_eq!(
+        cri.output(&plain, "head -c 3 /dev/clock | wc -c; stat -c %t:%T /dev/inner/null"),
+        "3\n1:3"
+    );
+    cri.output(&plain, "echo x > /dev/inner/null");
+    container.devices = vec![("/dev/x", "/dev/nonexistent", "r")];
+    container.name = "missing".to_owned();
+    cri.try_create(&id, &pod, &container).expect_err("there is no such device");
+
+    // From 1.7 on.
+    if t.node.setting.version() >= (1, 7) {
+        let directory = t.node.root.join("cdi");
+        fs::create_dir_all(&directory).expect("create CDI's directory");
+        let shared = t.node.root.join("cdi-volume");
+        fs::create_dir_all(&shared).expect("create a directory");
+        fs::write(shared.join("library"), "of the vendor").expect("write");
+        let spec = serde_json::json!({
+            "cdiVersion": "0.5.0",
+            "kind": "example.com/clock",
+            "devices": [{
+                "name": "one",
+                "containerEdits": {
+                    "env": ["CLOCK=one"],
+                    "deviceNodes": [{"path": "/dev/clock0", "hostPath": "/dev/zero", "permissions": "r"}],
+                    "mounts": [{
+                        "hostPath": shared, "containerPath": "/opt/vendor", "options": ["ro", "bind"],
+                    }],
+                },
+            }],
+        });
+        fs::write(directory.join("clock.json"), spec.to_string()).expect("write CDI's file");
+        let mut container = Container::idle("cdi");
+        container.cdi_devices = vec!["example.com/clock=one"];
+        let cdi = cri.run(&id, &pod, &container);
+        let script = "echo $CLOCK; head -c 5 /dev/clock0 | wc -c; cat /opt/vendor/library";
+        assert_eq!(cri.output(&cdi, script), "one\n5\nof the vendor");
+        container.name = "unknown".to_owned();
+        container.cdi_devices = vec!["example.com/clock=two"];
+        let refused = cri.try_create(&id, &pod, &container).expect_err("there is no such device");
+        assert!(refused.message.contains("example.com/clock=two"), "{refused:?}");
+    }
+    finish(&cri);
+}
+
+fn features_are_told_to_the_kubelet(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let known = t.node.setting.version() >= (2, 0);
+    assert_eq!(cri.features(), [known; 2]);
+}
+
+fn mounts_are_read_only_with_all_below_them(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let pod = Pod::new(&t.node, "readonly");
+    let id = cri.run_pod(&pod);
+    let shared = SharedDirectory::new(&t.node.root.join("shared"));
+    shared.mount_below("x");
+    let mut container = Container::idle("readonly");
+    container.mounts.push(Volume { read_only: true, ..Volume::new("/data", &shared.0) });
+    let readonly = cri.run(&id, &pod, &container);
+    cri.output(&readonly, "touch /data/below/only-the-top-is");
+    assert_ne!(cri.exec(&readonly, "touch /data/x").status, 0);
+    // From 2.0 on.
+    if t.node.setting.version() >= (2, 0) {
+        container.name = "recursively".to_owned();
+        container.recursive_read_only = true;
+        let recursively = cri.run(&id, &pod, &container);
+        cri.output(&recursively, "test -e /data/below/x");
+        assert_ne!(cri.exec(&recursively, "touch /data/below/x").status, 0);
+    }
+    cri.remove_pod(&id);
+    drop(shared);
+    finish(&cri);
+}
+
+/// `hostUsers: false`.
+fn pods_have_user_namespaces(t: &Test) {
+    let cri = Cri { node: &t.node };
+    // CRI itself knows them from 1.7 on.
+    if t.node.setting.version() < (1, 7) {
+        let mut pod = Pod::new(&t.node, "unknown");
+        pod.users = Some(1_000_000);
+        let id = cri.run_pod(&pod);
+        let idle = cri.run(&id, &pod, &Container::idle("idle"));
+        assert_eq!(namespace(cri.pid(&idle), "user"), namespace(std::process::id(), "user"));
+        return finish(&cri);
+    }
+    let volume = t.node.root.join("volume");
+    fs::create_dir_all(&volume).expect("create a volume");
+    for (name, pids) in
+        [("mapped", NamespaceMode::Container), ("mapped-processes", NamespaceMode::Pod)]
+    {
+        let mut pod = Pod::new(&t.node, name);
+        pod.users = Some(1_000_000);
+        pod.namespaces[1] = pids;
+        pod.sysctls =
+            vec![("net.ipv4.ip_unprivileged_port_start", "7"), ("kernel.shm_rmid_forced", "1")];
+        let id = cri.run_pod(&pod);
+        let (ready, address) = cri.pod_status(&id);
+        assert!(ready && address.starts_with("10."), "{ready} {address}");
+        assert_eq!(t.node.pve().vmid_of(&id), None, "the sandbox is no CT");
+        let server = "while :; do nc -l -p 80 -e echo hello from $HOSTNAME; done";
+        let server = cri.run(&id, &pod, &Container::new("server", &["sh", "-c", server]));
+        let mut container = Container::idle("client");
+        container.added = vec!["NET_ADMIN"];
+        // containerd 1.7 refuses to map the ids of volumes.
+        let maps_volumes = t.node.setting.version() >= (2, 0);
+        if maps_volumes {
+            container.mounts.push(Volume::new("/data", &volume.display().to_string()));
+        }
+        let client = cri.run(&id, &pod, &container);
+        let pids: Vec<u32> = [&server, &client].map(|container| cri.pid(container)).to_vec();
+        for (container, pid) in [&server, &client].into_iter().zip(&pids) {
+            assert_eq!(process::status_field(*pid, "Uid").expect("Uid"), ["1000000"; 4].join("\t"));
+            let map = cri.output(container, "cat /proc/self/uid_map");
+            assert_eq!(
+                map.split_whitespace().collect::<Vec<_>>(),
+                ["0", "1000000", &IDS.to_string()]
+            );
+            assert_eq!(
+                cri.output(container, "hostname; id -u; stat -c %u:%g / /bin/busybox"),
+                format!("{name}\n0\n0:0\n0:0")
+            );
+            assert_eq!(cri.output(container, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced"), "7\n1");
+        }
+        for kind in ["user", "net", "ipc", "uts"] {
+            assert_eq!(namespace(pids[0], kind), namespace(pids[1], kind), "{kind}");
+            assert_ne!(namespace(pids[0], kind), namespace(std::process::id(), kind), "{kind}");
+        }
+        // Its root is that of the pod's network, and of nothing else.
+        cri.output(&client, "ip address add 10.255.255.1/32 dev lo && ls /sys/class/net/eth0");
+        assert_ne!(cri.exec(&client, "hostname other").status, 0);
+        cri.output(&client, "echo shared > /dev/shm/x");
+        assert_eq!(cri.output(&server, "cat /dev/shm/x"), "shared");
+        eventually("the server listens", Duration::from_secs(10), || {
+            let greeting = cri.exec(&client, "nc 127.0.0.1 80").stdout;
+            (greeting.trim() == format!("hello from {name}")).then_some(())
+        });
+        if maps_volumes {
+            cri.output(&client, &format!("touch /data/{name} && stat -c %u /data | grep -qx 0"));
+            let file = fs::metadata(volume.join(name)).expect("it was made");
+            assert_eq!(std::os::unix::fs::MetadataExt::uid(&file), 0);
+        }
+        let failed = cri.run(&id, &pod, &Container::new("fails", &["sh", "-c", "exit 3"]));
+        eventually("it has failed", Duration::from_secs(20), || {
+            cri.has_exited(&failed).then_some(())
+        });
+        assert_eq!(cri.status(&failed).exit_code, 3);
+        assert_eq!(t.node.shims("").len(), 1);
+        cri.stop(&client, 5);
+        assert_eq!(cri.status(&client).exit_code, 0, "SIGTERM came first");
+        finish(&cri);
+    }
 }
 
 fn namespace(pid: u32, kind: &str) -> std::path::PathBuf {

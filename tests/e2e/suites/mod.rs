@@ -34,6 +34,7 @@ mod signals;
 mod stdio;
 mod tty;
 mod userns;
+mod workloads;
 
 /// What a test needs beyond the shared node.
 #[derive(Debug, Clone, Copy)]
@@ -93,6 +94,8 @@ pub(crate) use own_node;
 pub fn all(setting: &Setting) -> Vec<Case> {
     let suites = [
         cri::cases,
+        cri::feature_cases,
+        workloads::cases,
         restart::cases,
         crash::cases,
         fallback::cases,

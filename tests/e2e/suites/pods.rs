@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::harness::cri::shipped;
 use crate::harness::direct::{Driver, Refusal, Shim, Stdio3, code};
 use crate::harness::process::{self, eventually};
 use crate::harness::sys;
@@ -19,9 +18,7 @@ use crate::suites::cases;
 cases!("pods":
     containers_of_a_group_share_a_shim,
     a_failing_member_touches_no_other,
-    each_member_is_deleted_after_a_crash,
-    the_shipped_workloads_name_the_shipped_class;
-    proxmox:
+    each_member_is_deleted_after_a_crash;    proxmox:
     the_sandbox_holds_the_pods_namespaces_and_is_no_ct,
     the_sandbox_has_nothing_of_the_host,
     the_sandbox_ends_as_a_pause_container_does,
@@ -31,6 +28,8 @@ cases!("pods":
     a_shared_pid_namespace_is_reaped_and_kills_stay_inside,
     a_member_whose_sandbox_is_gone_is_refused,
     a_crash_leaves_no_sandbox,
+    an_end_that_no_shim_saw_is_known,
+    members_share_the_user_namespace_of_the_sandbox,
     a_sandbox_that_is_given_up_leaves_nothing,
     hooks_of_a_sandbox_run,
     proxmox_shows_the_pods_names,
@@ -306,7 +305,14 @@ fn the_sandbox_has_nothing_of_the_host(t: &Test) {
     }
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).expect("fd").flatten() {
         let target = fs::read_link(entry.path()).expect("readlink");
-        assert_eq!(target, Path::new("/dev/null"), "{}", entry.path().display());
+        // Where it tells its end; it can only write to it.
+        let flags = fs::read_to_string(format!(
+            "/proc/{pid}/fdinfo/{}",
+            entry.file_name().to_string_lossy()
+        ));
+        let is_record = target.ends_with("exit.json")
+            && flags.expect("fdinfo").lines().any(|line| line.ends_with("01"));
+        assert!(is_record || target == Path::new("/dev/null"), "{}", target.display());
     }
     // Even root of a container that shares the pid namespace, and that user, cannot look into it.
     let member_id = t.id("member");
@@ -584,6 +590,77 @@ fn a_crash_leaves_no_sandbox(t: &Test) {
     }
 }
 
+/// `hostUsers: false`, with a new network as containerd 1.7 asks for it, and with one that belongs to a
+/// user namespace already.
+fn members_share_the_user_namespace_of_the_sandbox(t: &Test) {
+    let driver = t.driver();
+    let users = |spec: &mut Value, namespace: Value| {
+        let linux = &mut spec["linux"];
+        linux["namespaces"].as_array_mut().expect("a list").push(namespace);
+        for field in ["uidMappings", "gidMappings"] {
+            linux[field] = json!([{"containerID": 0, "hostID": 1_000_000, "size": 65_536}]);
+        }
+    };
+    let (id, one, two) = (t.id("pod"), t.id("one"), t.id("two"));
+    let mut spec = sandbox_spec(&driver, &id, "");
+    spec["linux"]["sysctl"]["kernel.shm_rmid_forced"] = json!("1");
+    users(&mut spec, json!({"type": "user"}));
+    let shim = driver.start(&id, &spec);
+    let pid = shim.create(&Stdio3::default()).expect("create the sandbox");
+    shim.start("").expect("start the sandbox");
+    let uid = process::status_field(pid, "Uid").expect("Uid");
+    assert_eq!(uid, ["1065535"; 4].join("\t"));
+    let shared = ["ipc", "uts", "network"];
+    for name in [&one, &two] {
+        let mut spec = member_spec(&driver, name, &id, pid, &shared);
+        users(&mut spec, json!({"type": "user", "path": format!("/proc/{pid}/ns/user")}));
+        let member = driver.join(name, &spec, &shim);
+        let member_pid = member.create(&Stdio3::default()).expect("create");
+        member.start("").expect("start");
+        for kind in ["user", "net", "ipc", "uts"] {
+            assert_eq!(namespace(member_pid, kind), namespace(pid, kind), "{kind}");
+            assert_ne!(namespace(member_pid, kind), own_namespace(kind), "{kind}");
+        }
+        let script = "stat -c %u:%g /bin/busybox; cat /proc/sys/kernel/shm_rmid_forced; hostname";
+        assert_eq!(exec(t, &member, "look", script), (0, "0:0\n1\nweb-0\n".to_owned()));
+    }
+    let mut spec = member_spec(&driver, &t.id("other"), &id, pid, &shared);
+    users(&mut spec, json!({"type": "user", "path": format!("/proc/{pid}/ns/user")}));
+    spec["linux"]["uidMappings"][0]["size"] = json!(1000);
+    let other = driver.join(&t.id("other"), &spec, &shim);
+    refused(other.create(&Stdio3::default()), "InvalidArgument", "linux.uidMappings");
+    driver.remove_bundle(&other.id);
+    for name in [&one, &two, &id] {
+        let mut member = shim.clone();
+        member.id.clone_from(name);
+        member.kill("", 9, true).expect("kill");
+        member.wait("").expect("wait");
+        member.delete("").expect("delete");
+    }
+    shim.finish();
+    for name in [&one, &two, &id] {
+        driver.remove_bundle(name);
+    }
+}
+
+fn an_end_that_no_shim_saw_is_known(t: &Test) {
+    let driver = t.driver();
+    for (name, signal, status) in [("asked", libc::SIGTERM, 0), ("killed", libc::SIGKILL, 137)] {
+        let (network, id) = (Netns::new(), t.id(name));
+        let (_, pid) = start_sandbox(&driver, &id, &network);
+        sys::kill(t.node.shims(&id)[0], libc::SIGKILL);
+        eventually("the shim is gone", Duration::from_secs(5), || {
+            t.node.shims(&id).is_empty().then_some(())
+        });
+        sys::kill(pid, signal);
+        eventually("the sandbox has ended", Duration::from_secs(5), || {
+            (!process::is_alive(pid)).then_some(())
+        });
+        assert_eq!(driver.delete_after_crash(&id).exit_status, status, "{name}");
+        driver.remove_bundle(&id);
+    }
+}
+
 fn a_sandbox_that_is_given_up_leaves_nothing(t: &Test) {
     let driver = t.driver();
     let network = Netns::new();
@@ -707,19 +784,4 @@ fn hostile_names_stay_in_their_places(t: &Test) {
     let starting = |text: &str, start: &str| text.lines().filter(|l| l.starts_with(start)).count();
     assert_eq!(starting(&config, "lxc.hook"), 0, "{config}");
     assert_eq!(starting(&notes, "containerd-shim-proxmox:"), 1, "{notes}");
-}
-
-fn the_shipped_workloads_name_the_shipped_class(_: &Test) {
-    let class = shipped("runtimeclass.yaml");
-    let name = class.lines().find_map(|line| line.strip_prefix("  name: ")).expect("it has a name");
-    for file in ["pod.yaml", "deployment.yaml"] {
-        let asked = format!("runtimeClassName: {name}");
-        assert!(shipped(file).lines().any(|line| line.trim() == asked), "{file}");
-    }
-    // The other end: both configurations of containerd have the runtime that the class selects.
-    let handler = class.lines().find_map(|line| line.strip_prefix("handler: ")).expect("a handler");
-    for file in ["containerd-1.toml", "containerd-2.toml"] {
-        let table = format!(".containerd.runtimes.{handler}]");
-        assert!(shipped(file).lines().any(|line| line.ends_with(&table)), "{file}");
-    }
 }

@@ -17,6 +17,7 @@ cases!("sandbox":; proxmox:
     a_sandbox_lives_and_ends,
     members_share_what_they_ask_for,
     stopping_ends_the_pod,
+    a_delete_ends_a_shim_that_lives,
     states_that_do_not_allow_it_are_refused,
     what_cannot_be_had_is_refused_and_leaves_nothing,
     a_placeholder_needs_a_sandbox,
@@ -226,6 +227,27 @@ fn members_share_what_they_ask_for(t: &Test) {
     sandbox.finish(&driver);
 }
 
+fn a_delete_ends_a_shim_that_lives(t: &Test) {
+    let driver = t.driver();
+    let network = Netns::new();
+    let sandbox = start(&driver, &t.id("pod"));
+    let pid = sandbox.run(&network.path());
+    let shim = sandbox.shim.connect().expect("connect").shim_pid;
+    let member = sandbox.member(&driver, &t.id("member"), &json!([{"type": "mount"}]));
+    member.create(&Stdio3::default()).expect("create");
+    member.start("").expect("start");
+    let deleted = driver.delete_after_crash(&sandbox.shim.id);
+    assert_eq!((deleted.pid, deleted.exit_status), (pid, 0));
+    eventually("the shim ends", Duration::from_secs(5), || {
+        (!process::is_alive(shim)).then_some(())
+    });
+    assert!(!process::is_alive(pid));
+    assert_eq!(t.node.pve().vmid_of(&member.id), None);
+    for id in [&member.id, &sandbox.shim.id] {
+        driver.remove_bundle(id);
+    }
+}
+
 fn stopping_ends_the_pod(t: &Test) {
     let driver = t.driver();
     let network = Netns::new();
@@ -284,9 +306,11 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
         sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request)
     };
     refused(options(&[0xff]), "InvalidArgument", "not a runtime.v1.PodSandboxConfig");
-    // hostUsers: false
+    // hostUsers: false, without ids, and an unknown mode.
     let users = [0x42, 6, 0x12, 4, 0x0a, 2, 0x2a, 0];
-    refused(options(&users), "InvalidArgument", "userns_options");
+    refused(options(&users), "InvalidArgument", "linux.gidMappings are missing");
+    let mode = [0x42, 8, 0x12, 6, 0x0a, 4, 0x2a, 2, 8, 1];
+    refused(options(&mode), "InvalidArgument", "userns_options");
     let mut request = api::CreateSandboxRequest::new();
     request.sandbox_id = "../x".to_owned();
     let created = sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request);

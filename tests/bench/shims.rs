@@ -176,6 +176,16 @@ fn measure(
         }
     }
     progress("ctr run");
+    for round in 0..=rounds {
+        for members in [1, 5] {
+            for subject in &subjects {
+                let mut scrap = Results::default();
+                let into = if round == 0 { &mut scrap } else { &mut *results };
+                pod(subject, members, &format!("pod{members}-{round}"), into);
+            }
+        }
+    }
+    progress("pods");
     for (count, start, run, repeat) in [
         (8, "create+start, 8 at once", "ctr run --rm, 8 at once", rounds.div_ceil(4)),
         (32, "create+start, 32 at once", "ctr run --rm, 32 at once", rounds.div_ceil(7)),
@@ -240,6 +250,67 @@ fn lifecycle(subject: &Subject, id: &str, results: &mut Results) {
     results.time("delete", column, delete.elapsed());
     shim.finish();
     driver.remove_bundle(id);
+}
+
+/// A pod sandbox and the containers that join it, one after the other as the kubelet starts them.
+fn pod(subject: &Subject, members: usize, id: &str, results: &mut Results) {
+    let (ready, gone, memory) = match members {
+        1 => {
+            ("pod of 1, until it is ready", "pod of 1, delete", "PSS of a pod's shim, 1 container")
+        }
+        _ => {
+            ("pod of 5, until it is ready", "pod of 5, delete", "PSS of a pod's shim, 5 containers")
+        }
+    };
+    let (driver, column) = (&subject.driver, subject.column);
+    let annotations = |kind: &str| {
+        json!({
+            "io.kubernetes.cri.container-type": kind,
+            "io.kubernetes.cri.sandbox-id": id,
+        })
+    };
+    let begin = Instant::now();
+    let mut spec = driver.spec(id, &["sleep", "1000"]);
+    spec["annotations"] = annotations("sandbox");
+    let kinds = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
+    spec["linux"]["namespaces"] = json!([
+        {"type": "mount"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"},
+    ]);
+    let sandbox = driver.start(id, &spec);
+    let pid = sandbox.create(&Stdio3::default()).expect("create the sandbox");
+    sandbox.start("").expect("start the sandbox");
+    let mut containers = Vec::new();
+    for number in 0..members {
+        let name = format!("{id}-{number}");
+        let mut spec = driver.spec(&name, &["sleep", "1000"]);
+        spec["annotations"] = annotations("container");
+        let shared = kinds
+            .map(|(kind, file)| json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")}));
+        let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "pid"})];
+        namespaces.extend(shared);
+        spec["linux"]["namespaces"] = json!(namespaces);
+        let container = driver.join(&name, &spec, &sandbox);
+        container.create(&Stdio3::default()).expect("create a container");
+        container.start("").expect("start a container");
+        containers.push(container);
+    }
+    results.time(ready, column, begin.elapsed());
+    let shim = sandbox.connect().expect("connect").shim_pid;
+    if let Some(kilobytes) = pss_of(shim) {
+        results.add(memory, "kB", column, kilobytes);
+    }
+    let begin = Instant::now();
+    for shim in containers.iter().chain([&sandbox]) {
+        shim.kill("", 9, false).expect("kill");
+        shim.wait("").expect("wait");
+        shim.delete("").expect("delete");
+    }
+    sandbox.shutdown();
+    process::eventually("the shim ends", Duration::from_secs(5), || {
+        (!process::is_alive(shim)).then_some(())
+    });
+    results.time(gone, column, begin.elapsed());
+    containers.iter().chain([&sandbox]).for_each(|shim| driver.remove_bundle(&shim.id));
 }
 
 fn execute(subject: &Subject, shim: &Shim, exec: &str, results: &mut Results) {

@@ -193,8 +193,17 @@ pub fn wait_child(child: &mut Child, limit: Duration) -> Option<std::process::Ex
 /// What a limit is on this machine. They are written for an ordinary one; `E2E_SLOW` is a factor for
 /// an emulated one.
 pub fn scaled(limit: Duration) -> Duration {
-    let factor = std::env::var("E2E_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    limit * factor
+    limit * slowness()
+}
+
+/// How many of something at once are, on this machine, what `count` are on an ordinary one: containerd has
+/// limits of its own, such as 2 s for the state of a task.
+pub fn at_once(count: u32) -> u32 {
+    count / slowness()
+}
+
+fn slowness() -> u32 {
+    std::env::var("E2E_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
 /// The end of a wait.

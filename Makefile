@@ -48,7 +48,7 @@ demo: root deps-run build ## See containers run as Proxmox CTs, from hello world
 test: root deps-run deps-test build ## Unit tests, then the end-to-end suites on three containerd releases
 	@tests/run.sh
 
-test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E=name runs only some
+test-vm: root deps-vm build ## The suites on Debian 13's kernel, in QEMU; E2E='words' or E2E=--quick for some
 	@tests/vm.sh $(E2E)
 
 bench: root deps-run deps-test build ## Measure the shim beside containerd-shim-runc-v2, and the API client

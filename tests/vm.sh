@@ -5,13 +5,14 @@ set -euo pipefail
 
 usage() {
 	cat <<-'END'
-		usage: tests/vm.sh [--image-only] [WORD...]
+		usage: tests/vm.sh [--image-only] [--quick] [WORD...]
 
 		Boots Debian 13 in QEMU (emulated where there is no KVM, or this machine is a virtual one
 		itself; that is slow and takes two cores): its stock kernel, systemd, cgroup2 only, AppArmor enforcing, LXC 6 and
 		containerd 1.7. In it run the end-to-end suites, or the tests with a WORD in their names.
 		The machine has no network and leaves nothing behind but its logs.
 
+		  --quick       the tests of what depends on the kernel, cgroup2, AppArmor or systemd most
 		  --image-only  only build the machine's disk (once, 1 GB below target/vm)
 
 		environment:
@@ -27,10 +28,12 @@ cd "$(dirname "$0")/.."
 vm=$PWD/target/vm
 log=$vm/log
 words=() image_only=no
+quick=(apparmor:: limits:: oom device proxmox:: signals:: namespaces:: userns:: pods:: cri::pods_are cri::res cri::sec)
 for argument; do
 	case $argument in
 	--help | -h) usage && exit ;;
 	--image-only) image_only=yes ;;
+	--quick) words+=("${quick[@]}") ;;
 	-*) usage >&2 && exit 2 ;;
 	*) words+=("$argument") ;;
 	esac
@@ -194,7 +197,7 @@ accelerator() {
 
 boot() {
 	local machine=(
-		-accel "$(accelerator)" -cpu max -smp 2 -m 2048
+		-accel "$(accelerator)" -cpu max -smp 2 -m 4096
 		-nodefaults -display none -no-reboot -nic none
 		-kernel "$vm/kernel" -initrd "$vm/initrd"
 		-append 'root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off no5lvl norandmaps tsc=reliable systemd.show_status=0 loglevel=4 systemd.tty.term.console=dumb systemd.tty.term.ttyS0=dumb'

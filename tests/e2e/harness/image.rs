@@ -234,9 +234,10 @@ pub fn loop_devices_are_freed(images: &[&str]) {
     });
 }
 
-/// How many loop devices have `image` behind them.
+/// How many loop devices have `image` behind them. Of a file on a file system other than the root's, the
+/// kernel may tell no more than the path there.
 pub fn loop_devices(image: &str) -> usize {
     let devices = fs::read_dir("/sys/block").expect("list block devices").flatten();
     let file = |d: fs::DirEntry| fs::read_to_string(d.path().join("loop/backing_file")).ok();
-    devices.filter_map(file).filter(|file| file.trim_end() == image).count()
+    devices.filter_map(file).filter(|file| image.ends_with(file.trim_end())).count()
 }

@@ -12,6 +12,8 @@ use shim_proxmox::pve::conf::{
 
 /// The fields of an input end with a byte that is in no text.
 const END: u8 = 0xff;
+/// The largest limit that an OCI specification can hold, in MiB.
+const MEMORY_MAX: u64 = i64::MAX.unsigned_abs() >> 20;
 
 /// A CT's file as the shim writes it: what is read is what was written and no key more, by both
 /// readers; and Proxmox would write it in the same way.
@@ -26,8 +28,8 @@ pub fn ct_description(data: &[u8]) {
     let mut number = || numbers.next().and_then(|n| n.parse::<f64>().ok());
     let ct = CtDescription {
         hostname: Hostname::from_name(&id),
-        memory_mib: number().unwrap_or(512.0) as u64,
-        swap_mib: number().unwrap_or(0.0) as u64,
+        memory_mib: (number().unwrap_or(512.0) as u64).min(MEMORY_MAX),
+        swap_mib: (number().unwrap_or(0.0) as u64).min(MEMORY_MAX),
         cpulimit: number().and_then(CpuLimit::new),
         cpuunits: number().map(|units| units as u32),
         tags: Tag::sanitised(&tag).into_iter().chain(Tag::new(&tag)).collect(),

@@ -363,6 +363,16 @@ fn resources_are_limited_counted_and_changed(t: &Test) {
 }
 
 /// As a kubelet with the cgroup driver `systemd` has it.
+/// The process that holds a pod's namespaces: in its cgroup, whichever way CRI has asked for it.
+fn holder(id: &str) -> u32 {
+    let processes = process::processes().into_iter().map(|(pid, _)| pid);
+    let mut inside = processes.filter(|pid| {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        cgroup.lines().any(|line| line.contains(id) && line.ends_with("/ns"))
+    });
+    inside.next().expect("the sandbox has a process")
+}
+
 fn pods_are_in_slices_of_systemd(t: &Test) {
     let cri = Cri { node: &t.node };
     let mut pod = Pod::new(&t.node, "sliced");
@@ -372,9 +382,8 @@ fn pods_are_in_slices_of_systemd(t: &Test) {
     let mut container = Container::idle("limited");
     container.memory = Some(64 << 20);
     let limited = cri.run(&id, &pod, &container);
-    for name in [&id, &limited] {
-        let groups =
-            fs::read_to_string(format!("/proc/{}/cgroup", cri.pid(name))).expect("cgroups");
+    for (name, pid) in [(&id, holder(&id)), (&limited, cri.pid(&limited))] {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroups");
         let place = format!(":/{}/cri-containerd-{name}.scope/ns", slice.path());
         assert!(groups.lines().all(|line| line.ends_with(&place)), "{place}: {groups}");
     }
@@ -808,11 +817,7 @@ fn pods_survive_restarts_of_containerd(t: &Test) {
         &["sh", "-c", "while ! test -e /tmp/go; do sleep 0.1; done; exit 4"],
     );
     let ends = cri.run(&id, &pod, &ends);
-    let place = format!("/{}/survivor/{id}/ns", t.node.tag);
-    let holder = process::processes().into_iter().map(|(pid, _)| pid).find(|pid| {
-        fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&place))
-    });
-    let pids = [holder.expect("the sandbox has a process"), cri.pid(&idle), cri.pid(&ends)];
+    let pids = [holder(&id), cri.pid(&idle), cri.pid(&ends)];
     for signal in [libc::SIGTERM, libc::SIGKILL] {
         t.node.stop_containerd(signal);
         assert!(pids.iter().all(|pid| process::is_alive(*pid)), "the pod died with containerd");

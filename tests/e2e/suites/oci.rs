@@ -230,7 +230,7 @@ fn bind_propagation_is_of_the_mounts_below_only_if_asked(t: &Test) {
     let source = t.file("tree");
     fs::create_dir_all(format!("{source}/sub")).expect("create");
     process::run(Command::new("mount").args(["-t", "tmpfs", "sub", &format!("{source}/sub")])).ok();
-    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* \\(/volume[^ ]*\\) [^ ]* \\(.*\\) - .*,\\1 \\2,p' \
+    let script = "sed -n 's,^[^ ]* [^ ]* [^ ]* [^ ]* \\(/volume[^ ]*\\) [^ ]* \\(.*\\)- .*,\\1 \\2,p' \
                   /proc/self/mountinfo";
     let seen = ["shared", "rshared"].map(|option| {
         t.run_spec(&t.id(option), &["sh", "-c", script], |spec| {

@@ -622,7 +622,7 @@ fn members_share_the_user_namespace_of_the_sandbox(t: &Test) {
             assert_ne!(namespace(member_pid, kind), own_namespace(kind), "{kind}");
         }
         let script = "stat -c %u:%g /bin/busybox; cat /proc/sys/kernel/shm_rmid_forced; hostname";
-        assert_eq!(exec(t, &member, "look", script), (0, "0:0\n1\nweb-0\n".to_owned()));
+        assert_eq!(exec(t, &member, "look", script), (0, "0:0\n1\nweb-0".to_owned()));
     }
     let mut spec = member_spec(&driver, &t.id("other"), &id, pid, &shared);
     users(&mut spec, json!({"type": "user", "path": format!("/proc/{pid}/ns/user")}));

@@ -150,11 +150,13 @@ pub fn upid(data: &[u8]) {
     let Ok(upid) = text.parse::<Upid>() else { return };
     assert_eq!(upid.to_string(), text);
     assert!(text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/?#%\\".contains(&byte)));
+    // It may have a ninth digit, which may be zero.
+    let pstart = text.split(':').nth(3).expect("it has all parts");
+    assert_eq!(u64::from_str_radix(pstart, 16).ok(), Some(upid.pstart()), "{text}");
     let parts = format!(
-        "UPID:{}:{:08X}:{:08X}:{:08X}:{}:{}:{}:",
+        "UPID:{}:{:08X}:{pstart}:{:08X}:{}:{}:{}:",
         upid.node(),
         upid.pid(),
-        upid.pstart(),
         upid.starttime(),
         upid.kind(),
         upid.id(),

@@ -10,6 +10,8 @@
 
 #[path = "../e2e/harness/mod.rs"]
 mod harness;
+#[path = "../simulator/trust.rs"]
+mod trust;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -353,7 +353,24 @@ impl Drop for Slice {
         if has_systemd() {
             let _ = Command::new("systemctl").args(["stop", &top]).status();
         }
-        for directory in cgroup_directories(&top) {
+        let directories = cgroup_directories(&top);
+        // After a failed test its processes are still there.
+        let inside = || -> Vec<u32> {
+            let mut pids = Vec::new();
+            for directory in &directories {
+                let list = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+                pids.extend(list.lines().flat_map(str::parse::<u32>));
+            }
+            pids
+        };
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline && !inside().is_empty() {
+            for pid in inside() {
+                sys::kill(pid, libc::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for directory in directories {
             let _ = fs::remove_dir(directory);
         }
     }

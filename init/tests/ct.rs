@@ -819,6 +819,7 @@ fn a_watcher_that_comes_too_late_for_the_zombie_has_the_status() {
     let mut ct = Ct::without_log();
     let _monitor = Monitor::start(&ct);
     ct.start(&setup(&["sh", "-c", "trap 'exit 42' TERM; while :; do sleep 0.01; done"]));
+    eventually("the script is past its trap", || ct.catches(libc::SIGTERM));
     let watcher = ct.watcher().expect("no watcher") as i32;
     // SAFETY: numbers only; the watcher does not end before PID 1 does.
     unsafe { libc::kill(watcher, libc::SIGSTOP) };

@@ -489,6 +489,13 @@ impl Ct {
         check(unsafe { libc::kill(self.pid, signal) });
     }
 
+    /// Has PID 1 a handler for the signal? Without one it ignores all that can be ignored.
+    pub fn catches(&self, signal: i32) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+        let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:")).unwrap().trim();
+        u64::from_str_radix(caught, 16).unwrap() & (1 << (signal - 1)) != 0
+    }
+
     /// `exec` mode. `Err` is the message of a failure.
     pub fn exec(&self, process: &Process, stdio: &[OwnedFd]) -> Result<Exec, String> {
         let (ours, theirs) = pair();

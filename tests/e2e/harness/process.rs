@@ -264,6 +264,13 @@ pub fn status_field(pid: u32, field: &str) -> Option<String> {
         .map(|value| value.trim().to_owned())
 }
 
+/// Has the process a handler for the signal? Until its script has come to the `trap`, a first process
+/// ignores it.
+pub fn catches(pid: u32, signal: i32) -> bool {
+    let caught = status_field(pid, "SigCgt").and_then(|mask| u64::from_str_radix(&mask, 16).ok());
+    caught.is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
+}
+
 /// The processes whose parent is `pid`.
 pub fn children(pid: u32) -> Vec<u32> {
     processes()

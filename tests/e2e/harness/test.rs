@@ -101,11 +101,17 @@ impl Test {
     /// A container in the background that only sleeps and dies at once of SIGTERM.
     #[track_caller]
     pub fn start_idle(&self, flags: &[&str], id: &str) {
-        self.start(
-            flags,
-            id,
-            &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"],
-        );
+        self.start_with_trap(flags, id, "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done");
+    }
+
+    /// A shell script in the background, which has a handler for SIGTERM when this returns.
+    #[track_caller]
+    pub fn start_with_trap(&self, flags: &[&str], id: &str, script: &str) {
+        self.start(flags, id, &["sh", "-c", script]);
+        let pid = self.pid(id);
+        process::eventually("it handles SIGTERM", Duration::from_secs(20), || {
+            process::catches(pid, libc::SIGTERM).then_some(())
+        });
     }
 
     pub fn exec_command(

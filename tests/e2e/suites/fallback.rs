@@ -39,7 +39,7 @@ fn statuses_are_exact_without_pidfd_info(t: &Test) {
 
 fn the_status_is_told_without_a_shim(t: &Test) {
     let id = t.id("a");
-    t.start(&[], &id, &["sh", "-c", "trap 'exit 42' TERM; sleep 1000 & wait"]);
+    t.start_with_trap(&[], &id, "trap 'exit 42' TERM; sleep 1000 & wait");
     let pid = t.pid(&id);
     let run_dir = t.node.run_dir().join(&t.node.namespace).join(&id);
     // It would have the shim's remains removed.

@@ -142,7 +142,7 @@ fn stop_in_the_ui_is_status_137(t: &Test) {
 
 fn shutdown_in_the_ui_sends_the_stop_signal(t: &Test) {
     let id = t.id("a");
-    t.start(&[], &id, &["sh", "-c", "trap 'exit 12' TERM; while :; do sleep 0.1; done"]);
+    t.start_with_trap(&[], &id, "trap 'exit 12' TERM; while :; do sleep 0.1; done");
     let vmid = vmid(t, &id);
     let pve = t.node.pve();
     let exit =

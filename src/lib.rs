@@ -7,6 +7,7 @@ pub mod sys;
 
 pub mod bootstrap;
 pub mod events;
+pub mod images;
 pub mod lxc;
 pub mod oci;
 pub mod pve;

@@ -153,12 +153,14 @@ fn set_up(
         Outbox::new(Settings::new(handover.ttrpc_address, namespace.clone()))
     };
     let id = target.id.to_string();
-    Ok((runtime, Prepared { config: Arc::new(config), namespace, id, events }))
+    let containerd = PathBuf::from(&target.address);
+    Ok((runtime, Prepared { config: Arc::new(config), containerd, namespace, id, events }))
 }
 
 /// What the service will be made of.
 struct Prepared {
     config: Arc<config::Config>,
+    containerd: PathBuf,
     namespace: String,
     id: String,
     events: Outbox,
@@ -193,8 +195,8 @@ async fn serve(
 ) -> Result<(), Failure> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
-    let Prepared { config, namespace, id, events } = prepared;
-    let environment = task::Environment::prepare(config, namespace, id, events.clone());
+    let Prepared { config, containerd, namespace, id, events } = prepared;
+    let environment = task::Environment::prepare(config, containerd, namespace, id, events.clone());
     let environment = timeout(PREPARE_LIMIT, environment)
         .await
         .map_err(|_| Failure::PrepareSlow)?

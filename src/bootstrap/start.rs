@@ -111,7 +111,8 @@ fn launch(
     request: Request,
 ) -> Result<UnixStream, Error> {
     let (channel, theirs) = UnixStream::pair().map_err(Error::Spawn)?;
-    let mut child = spawn(target, bundle, listener, theirs).map_err(Error::Spawn)?;
+    let mut child =
+        spawn(target, &request.address, bundle, listener, theirs).map_err(Error::Spawn)?;
     adjust_oom_score(child.id());
     let handover = Handover {
         ttrpc_address: request.ttrpc_address,
@@ -147,6 +148,7 @@ fn converse(channel: &UnixStream, handover: &Handover) -> io::Result<Readiness> 
 /// channel as its stdout, which needs no code between fork and exec; it moves both away at once.
 fn spawn(
     target: &Target,
+    containerd: &str,
     bundle: &Path,
     listener: UnixListener,
     channel: UnixStream,
@@ -156,7 +158,7 @@ fn spawn(
     let mut command = Command::new(std::env::current_exe()?);
     // What `ps` shows: the same as for other shims.
     command.arg0(super::NAME).args(["-namespace", target.namespace.as_str()]);
-    command.args(["-id", target.id.as_str(), "-address", &target.address]);
+    command.args(["-id", target.id.as_str(), "-address", containerd]);
     if target.debug {
         command.arg("-debug");
     }

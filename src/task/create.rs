@@ -11,9 +11,11 @@ use proxmox_shim_init::protocol::{
     ContainerHooks, ContainerSetup, Hook, Mount, MountSource, TimeNamespace, VERSION,
 };
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Vmid};
+use crate::images::{self, Image};
 use crate::ledger::{self, Poststop, ProcessId, Record, RunDir, Stat};
 use crate::lxc::cgroup::{Cgroup, OomWatch};
 use crate::lxc::detached::DetachedMount;
@@ -164,6 +166,7 @@ impl Building {
             log::warn!(container = request.id.as_str(); "{warning}");
         }
         self.save().await?;
+        let image = self.ask_for_image(&plan);
         let (namespaces, user) = (plan.namespaces.clone(), plan.user_namespace.clone());
         let joined = blocking(move || {
             Ok(Joined::open(&namespaces, user.as_ref()).map_err(pod::Error::from)?)
@@ -192,7 +195,8 @@ impl Building {
         let mounts = blocking(move || open_binds(&binds)).await?;
         let listener = init::Listener::bind(&self.dir.ctl())?;
 
-        let identity = self.claim(&plan).await?;
+        let image = image.await.map_err(|_| Error::ShuttingDown)?;
+        let identity = self.claim(&plan, image).await?;
         let vmid = identity.vmid;
         self.prepare(vmid, &plan).await?;
         let connected = self.start(vmid, listener).await?;
@@ -322,6 +326,19 @@ impl Building {
         .await
     }
 
+    /// Asks containerd, beside other work, which image this is. Without an answer the CT is made all the same.
+    fn ask_for_image(&self, plan: &Plan) -> JoinHandle<Option<Image>> {
+        let (env, id, name) = (self.env.clone(), self.request.id.clone(), plan.image.clone());
+        tokio::spawn(async move {
+            let name = name.as_deref();
+            let image = images::of_container(&env.containerd, &env.namespace, &id, name).await;
+            image.unwrap_or_else(|error| {
+                log::info!(container = id.as_str(); "the notes have no digest of the image: {error}");
+                None
+            })
+        })
+    }
+
     async fn save(&self) -> Result<()> {
         let (dir, record) = (self.dir.clone(), self.record.clone());
         blocking(move || Ok(dir.save(&record)?)).await
@@ -331,7 +348,7 @@ impl Building {
 impl Building {
     /// Takes a VMID by creating its configuration file. The record is written before each try, so
     /// that a crash in between leaves no CT that nobody remembers.
-    async fn claim(&mut self, plan: &Plan) -> Result<Identity> {
+    async fn claim(&mut self, plan: &Plan, image: Option<Image>) -> Result<Identity> {
         let config = self.request.config.clone();
         let (namespace, id) = (self.env.namespace.clone(), self.request.id.clone());
         let (dir, mut record, plan) = (self.dir.clone(), self.record.clone(), plan.clone());
@@ -354,7 +371,7 @@ impl Building {
                     record.identity = Some(identity.to_string());
                     record.cgroups = lxc::config::cgroups(&plan, vmid.get()).to_vec();
                     dir.save(&record)?;
-                    let text = describe::ct(&config, &plan, &identity, &dir)
+                    let text = describe::ct(&config, &plan, image.as_ref(), &identity, &dir)
                         .render()
                         .map_err(ClaimError::from)?;
                     match pve::conf::claim(&config.proxmox.pmxcfs, vmid, &text) {

@@ -1,6 +1,7 @@
 //! What Proxmox shows of a container.
 
 use crate::config::Config;
+use crate::images::Image;
 use crate::ledger::RunDir;
 use crate::oci::plan::{IdMapping, IdMappings, Limit, Plan, Resources};
 use crate::pve::CtConfig;
@@ -17,7 +18,13 @@ const CPUUNITS_MAX: u64 = 10_000;
 
 /// The CT's configuration file.
 #[must_use]
-pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> CtDescription {
+pub fn ct(
+    config: &Config,
+    plan: &Plan,
+    image: Option<&Image>,
+    identity: &Identity,
+    dir: &RunDir,
+) -> CtDescription {
     let resources = &plan.resources;
     let mut tags: Vec<Tag> = config.ct.tags.iter().filter_map(|tag| Tag::new(tag)).collect();
     // In the web interface, a search for one of them finds a pod, or all pods of a namespace.
@@ -39,14 +46,14 @@ pub fn ct(config: &Config, plan: &Plan, identity: &Identity, dir: &RunDir) -> Ct
         cpuunits: cpuunits(resources),
         tags,
         id_map: plan.user_namespace.as_ref().map(|user| id_map(&user.mappings)).unwrap_or_default(),
-        notes: identity.notes(&about(plan)),
+        notes: identity.notes(&about(plan, image)),
         rootfs: plan.root_path.clone(),
         include: dir.lxc_conf(),
     }
 }
 
 /// What the notes say of the container besides its identity.
-fn about(plan: &Plan) -> Vec<(&'static str, &str)> {
+fn about<'a>(plan: &'a Plan, image: Option<&'a Image>) -> Vec<(&'static str, &'a str)> {
     let mut about = Vec::new();
     if let Some(pod) = &plan.pod {
         about.extend([
@@ -57,7 +64,9 @@ fn about(plan: &Plan) -> Vec<(&'static str, &str)> {
         ]);
     }
     about.extend(plan.name.as_deref().map(|name| ("name", name)));
-    about.extend(plan.image.as_deref().map(|image| ("image", image)));
+    let name = image.map(|image| image.name.as_str());
+    about.extend(name.or(plan.image.as_deref()).map(|name| ("image", name)));
+    about.extend(image.and_then(|image| image.digest.as_deref()).map(|digest| ("digest", digest)));
     about.retain(|(_, value)| !value.is_empty());
     about
 }

@@ -39,6 +39,8 @@ pub struct Environment {
     pub config: Arc<Config>,
     pub pve: Arc<pve::Client>,
     pub events: Outbox,
+    /// containerd's API socket.
+    pub containerd: PathBuf,
     /// containerd's.
     pub namespace: String,
     /// The container that the shim was started for.
@@ -60,6 +62,7 @@ impl Environment {
     /// The configuration's, the token's or Proxmox's.
     pub async fn prepare(
         config: Arc<Config>,
+        containerd: PathBuf,
         namespace: String,
         id: String,
         events: Outbox,
@@ -80,6 +83,7 @@ impl Environment {
             config,
             pve: Arc::new(pve),
             events,
+            containerd,
             namespace,
             id,
             host: Arc::new(host),

@@ -150,6 +150,14 @@ impl Test {
         self.ctr(&["tasks", "kill", "--signal", signal, id])
     }
 
+    /// What the name of the suites' image means.
+    #[track_caller]
+    pub fn image_digest(&self) -> String {
+        let images = self.ctr(&["images", "ls"]).ok().text();
+        let line = images.lines().find(|line| line.starts_with(&format!("{IMAGE} ")));
+        line.and_then(|line| line.split_whitespace().nth(2)).expect("a digest").to_owned()
+    }
+
     /// The task's line in `ctr tasks ls`: pid and status.
     pub fn task(&self, id: &str) -> Option<(u32, String)> {
         let list = self.ctr(&["tasks", "ls"]).ok().text();

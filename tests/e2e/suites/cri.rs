@@ -153,6 +153,11 @@ fn a_pod_runs_and_goes(t: &Test) {
         let text = &configurations.iter().find(|(found, _)| *found == vmid).expect("its file").1;
         assert!(text.contains("hostname: web-0-"), "{text}");
         assert!(text.contains(";shop;web-0"), "{text}");
+        let pve = t.node.pve();
+        let config = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+        drop(pve);
+        let notes = config["description"].as_str().expect("notes").to_owned();
+        assert!(notes.contains(&format!("\ndigest: {}\n", t.image_digest())), "{notes}");
     }
     // One shim for the pod, whatever the version of containerd.
     let shims: Vec<_> = t.node.shims("");

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use crate::harness::image::IMAGE;
 use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -10,6 +11,7 @@ use crate::suites::cases;
 cases!("proxmox":;
     proxmox:
     ct_is_listed_with_name_tags_notes_and_pid,
+    image_that_containerd_does_not_know_is_shown_by_its_name,
     name_that_nerdctl_gave_is_shown,
     ct_is_a_unit_of_the_node,
     configuration_is_conservative,
@@ -32,9 +34,7 @@ fn vmid(t: &Test, id: &str) -> u32 {
 
 fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
     let id = t.id("a");
-    // ctr does not tell a runtime the image; CRI does, by this annotation.
-    let annotation = "io.kubernetes.cri.image-name=docker.io/library/e2e:1";
-    t.start_idle(&["--annotation", annotation], &id);
+    t.start_idle(&[], &id);
     let vmid = vmid(t, &id);
     assert!((t.node.vmids.0..=t.node.vmids.1).contains(&vmid));
     let pve = t.node.pve();
@@ -56,6 +56,20 @@ fn ct_is_listed_with_name_tags_notes_and_pid(t: &Test) {
     for part in [id.as_str(), t.node.namespace.as_str()] {
         assert!(notes.contains(part), "{part} is not in the notes: {notes}");
     }
+    let digest = t.image_digest();
+    assert!(notes.contains(&format!("\nimage: {IMAGE}\ndigest: {digest}\n")), "{notes}");
+}
+
+fn image_that_containerd_does_not_know_is_shown_by_its_name(t: &Test) {
+    let id = t.id("a");
+    let annotation = "io.kubernetes.cri.image-name=docker.io/library/unknown:1";
+    t.start_idle(&["--annotation", annotation], &id);
+    let vmid = vmid(t, &id);
+    let pve = t.node.pve();
+    let config = pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[]);
+    let notes = config["description"].as_str().unwrap_or_default();
+    assert!(notes.contains("\nimage: docker.io/library/unknown:1\n"), "{notes}");
+    assert!(!notes.contains("digest"), "{notes}");
 }
 
 fn name_that_nerdctl_gave_is_shown(t: &Test) {

@@ -7,6 +7,7 @@ pub mod sys;
 
 pub mod bootstrap;
 pub mod events;
+pub mod idle;
 pub mod images;
 pub mod lxc;
 pub mod oci;

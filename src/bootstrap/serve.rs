@@ -204,6 +204,8 @@ async fn serve(
     let service = task::Service::new(environment);
 
     let (environment, containers) = service.parts();
+    let used = environment.clone();
+    tokio::spawn(async move { used.idle.give_back().await });
     let sandbox = sandbox::service::Service::new(environment, containers);
     let listener = Listener::try_from(listener).map_err(system("listen on the shim's socket"))?;
     let mut server = Server::new()

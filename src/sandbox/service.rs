@@ -25,6 +25,7 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 
 /// The Sandbox service of one shim.
 pub struct Service {
+    env: Arc<Environment>,
     sandbox: Handle,
 }
 
@@ -32,7 +33,17 @@ impl Service {
     /// Shares the environment and the containers with the Task service.
     #[must_use]
     pub fn new(env: Arc<Environment>, containers: Arc<Registry>) -> Arc<Self> {
-        Arc::new(Self { sandbox: actor::spawn(env, containers) })
+        Arc::new(Self { sandbox: actor::spawn(env.clone(), containers), env })
+    }
+
+    /// Every failure is logged once, here.
+    fn reply<T>(&self, method: &'static str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
+        self.env.idle.used();
+        result.map_err(|error| {
+            let text = sentence(&error);
+            log::debug!(method = method, sandbox = id; "{text}");
+            ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), text))
+        })
     }
 
     fn view(&self, id: &str) -> Result<View> {
@@ -85,15 +96,6 @@ impl Service {
     }
 }
 
-/// Every failure is logged once, here.
-fn reply<T>(method: &'static str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
-    result.map_err(|error| {
-        let text = sentence(&error);
-        log::debug!(method = method, sandbox = id; "{text}");
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), text))
-    })
-}
-
 #[async_trait]
 impl Sandbox for Service {
     async fn create_sandbox(
@@ -102,7 +104,7 @@ impl Sandbox for Service {
         r: api::CreateSandboxRequest,
     ) -> ttrpc::Result<api::CreateSandboxResponse> {
         let id = r.sandbox_id.clone();
-        reply("CreateSandbox", &id, self.create(r).await)?;
+        self.reply("CreateSandbox", &id, self.create(r).await)?;
         Ok(api::CreateSandboxResponse::new())
     }
 
@@ -113,7 +115,7 @@ impl Sandbox for Service {
     ) -> ttrpc::Result<api::StartSandboxResponse> {
         let id = r.sandbox_id.clone();
         let started = self.sandbox.ask(|reply| Command::Start { id: r.sandbox_id, reply }).await;
-        let view = reply("StartSandbox", &id, started)?;
+        let view = self.reply("StartSandbox", &id, started)?;
         Ok(api::StartSandboxResponse {
             pid: view.pid,
             created_at: timestamp(view.created_at),
@@ -140,7 +142,7 @@ impl Sandbox for Service {
     ) -> ttrpc::Result<api::StopSandboxResponse> {
         let id = r.sandbox_id.clone();
         let stopped = self.sandbox.ask(|reply| Command::Stop { id: r.sandbox_id, reply }).await;
-        reply("StopSandbox", &id, stopped)?;
+        self.reply("StopSandbox", &id, stopped)?;
         Ok(api::StopSandboxResponse::new())
     }
 
@@ -149,7 +151,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         r: api::WaitSandboxRequest,
     ) -> ttrpc::Result<api::WaitSandboxResponse> {
-        let exit = reply("WaitSandbox", &r.sandbox_id, self.wait(&r.sandbox_id).await)?;
+        let exit = self.reply("WaitSandbox", &r.sandbox_id, self.wait(&r.sandbox_id).await)?;
         Ok(api::WaitSandboxResponse {
             exit_status: exit.status.0,
             exited_at: timestamp(exit.at),
@@ -162,7 +164,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         r: api::SandboxStatusRequest,
     ) -> ttrpc::Result<api::SandboxStatusResponse> {
-        let view = reply("SandboxStatus", &r.sandbox_id, self.view(&r.sandbox_id))?;
+        let view = self.reply("SandboxStatus", &r.sandbox_id, self.view(&r.sandbox_id))?;
         let state = if view.is_ready() { READY } else { NOT_READY };
         let mut response = api::SandboxStatusResponse {
             sandbox_id: r.sandbox_id,
@@ -183,7 +185,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         r: api::PingRequest,
     ) -> ttrpc::Result<api::PingResponse> {
-        reply("PingSandbox", &r.sandbox_id, self.ping(&r.sandbox_id))?;
+        self.reply("PingSandbox", &r.sandbox_id, self.ping(&r.sandbox_id))?;
         Ok(api::PingResponse::new())
     }
 
@@ -194,7 +196,7 @@ impl Sandbox for Service {
     ) -> ttrpc::Result<api::ShutdownSandboxResponse> {
         let id = r.sandbox_id.clone();
         let ended = self.sandbox.ask(|reply| Command::Shutdown { id: r.sandbox_id, reply }).await;
-        reply("ShutdownSandbox", &id, ended)?;
+        self.reply("ShutdownSandbox", &id, ended)?;
         Ok(api::ShutdownSandboxResponse::new())
     }
 
@@ -203,7 +205,7 @@ impl Sandbox for Service {
         _: &TtrpcContext,
         r: api::SandboxMetricsRequest,
     ) -> ttrpc::Result<api::SandboxMetricsResponse> {
-        reply("SandboxMetrics", &r.sandbox_id, self.metrics(&r.sandbox_id).await)
+        self.reply("SandboxMetrics", &r.sandbox_id, self.metrics(&r.sandbox_id).await)
     }
 }
 

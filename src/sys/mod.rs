@@ -7,6 +7,7 @@ pub mod credentials;
 pub mod landlock;
 pub mod limits;
 pub mod loop_device;
+pub mod memory;
 pub mod mount;
 pub mod namespace;
 pub mod pidfd;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::events::Outbox;
+use crate::idle::Idle;
 use crate::ledger::Record;
 use crate::lxc::detached;
 use crate::oci::Host;
@@ -39,6 +40,8 @@ pub struct Environment {
     pub config: Arc<Config>,
     pub pve: Arc<pve::Client>,
     pub events: Outbox,
+    /// Told of each answer.
+    pub idle: Idle,
     /// containerd's API socket.
     pub containerd: PathBuf,
     /// containerd's.
@@ -83,6 +86,7 @@ impl Environment {
             config,
             pve: Arc::new(pve),
             events,
+            idle: Idle::default(),
             containerd,
             namespace,
             id,

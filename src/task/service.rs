@@ -58,6 +58,16 @@ impl Service {
         async move { teardown::sweep(&env.config, &env.pve).await }
     }
 
+    /// Every failure is logged once, here, and becomes a status with the code containerd expects.
+    fn reply<T>(&self, method: &'static str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
+        self.env.idle.used();
+        result.map_err(|error| {
+            let text = sentence(&error);
+            log::debug!(method = method, container = id; "{text}");
+            ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), text))
+        })
+    }
+
     fn handle(&self, id: &str) -> Result<Handle> {
         self.containers.get(id)
     }
@@ -186,15 +196,6 @@ impl Service {
     }
 }
 
-/// Every failure is logged once, here, and becomes a status with the code containerd expects.
-fn reply<T>(method: &'static str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
-    result.map_err(|error| {
-        let text = sentence(&error);
-        log::debug!(method = method, container = id; "{text}");
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), text))
-    })
-}
-
 #[async_trait]
 impl Task for Service {
     async fn state(
@@ -202,7 +203,7 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::StateRequest,
     ) -> ttrpc::Result<api::StateResponse> {
-        reply("State", &r.id, Self::state(self, &r.id, &r.exec_id))
+        self.reply("State", &r.id, Self::state(self, &r.id, &r.exec_id))
     }
 
     async fn create(
@@ -211,7 +212,7 @@ impl Task for Service {
         r: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         let id = r.id.clone();
-        let pid = reply("Create", &id, Self::create(self, r).await)?;
+        let pid = self.reply("Create", &id, Self::create(self, r).await)?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -223,7 +224,7 @@ impl Task for Service {
         let pid = async {
             self.handle(&r.id)?.ask(|reply| Command::Start { exec_id: r.exec_id, reply }).await
         };
-        let pid = reply("Start", &r.id, pid.await)?;
+        let pid = self.reply("Start", &r.id, pid.await)?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -232,7 +233,7 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::DeleteRequest,
     ) -> ttrpc::Result<api::DeleteResponse> {
-        let ended = reply("Delete", &r.id, Self::delete(self, &r.id, r.exec_id).await)?;
+        let ended = self.reply("Delete", &r.id, Self::delete(self, &r.id, r.exec_id).await)?;
         Ok(api::DeleteResponse {
             pid: ended.pid,
             exit_status: ended.exit.status.0,
@@ -246,18 +247,18 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::PidsRequest,
     ) -> ttrpc::Result<api::PidsResponse> {
-        let processes = reply("Pids", &r.id, Self::pids(self, &r.id).await)?;
+        let processes = self.reply("Pids", &r.id, Self::pids(self, &r.id).await)?;
         Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, r: api::PauseRequest) -> ttrpc::Result<api::Empty> {
         let done = async { self.handle(&r.id)?.ask(|reply| Command::Pause { reply }).await };
-        empty(reply("Pause", &r.id, done.await))
+        empty(self.reply("Pause", &r.id, done.await))
     }
 
     async fn resume(&self, _: &TtrpcContext, r: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
         let done = async { self.handle(&r.id)?.ask(|reply| Command::Resume { reply }).await };
-        empty(reply("Resume", &r.id, done.await))
+        empty(self.reply("Resume", &r.id, done.await))
     }
 
     async fn checkpoint(
@@ -267,7 +268,7 @@ impl Task for Service {
     ) -> ttrpc::Result<api::Empty> {
         let refused =
             Error::Unimplemented("checkpoint is not supported: a CT can't be checkpointed");
-        empty(reply("Checkpoint", &r.id, Err(refused)))
+        empty(self.reply("Checkpoint", &r.id, Err(refused)))
     }
 
     async fn kill(&self, _: &TtrpcContext, r: api::KillRequest) -> ttrpc::Result<api::Empty> {
@@ -280,7 +281,7 @@ impl Task for Service {
                 .ask(|reply| Command::Kill { exec_id: r.exec_id, signal, all: r.all, reply })
                 .await
         };
-        empty(reply("Kill", &r.id, done.await))
+        empty(self.reply("Kill", &r.id, done.await))
     }
 
     async fn exec(
@@ -303,7 +304,7 @@ impl Task for Service {
                 .ask(|reply| Command::Exec { exec_id: r.exec_id, stdio, spec, reply })
                 .await
         };
-        empty(reply("Exec", &r.id, done.await))
+        empty(self.reply("Exec", &r.id, done.await))
     }
 
     async fn resize_pty(
@@ -317,7 +318,7 @@ impl Task for Service {
                 .ask(|reply| Command::Resize { exec_id: r.exec_id, width, height, reply })
                 .await
         };
-        empty(reply("ResizePty", &r.id, done.await))
+        empty(self.reply("ResizePty", &r.id, done.await))
     }
 
     async fn close_io(
@@ -332,7 +333,7 @@ impl Task for Service {
             }
             handle.ask(|reply| Command::CloseIo { exec_id: r.exec_id, reply }).await
         };
-        empty(reply("CloseIO", &r.id, done.await))
+        empty(self.reply("CloseIO", &r.id, done.await))
     }
 
     async fn update(
@@ -344,7 +345,7 @@ impl Task for Service {
             let resources = r.resources.into_option().map(|any| any.value).unwrap_or_default();
             self.handle(&r.id)?.ask(|reply| Command::Update { resources, reply }).await
         };
-        empty(reply("Update", &r.id, done.await))
+        empty(self.reply("Update", &r.id, done.await))
     }
 
     async fn wait(
@@ -352,7 +353,7 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::WaitRequest,
     ) -> ttrpc::Result<api::WaitResponse> {
-        let exit = reply("Wait", &r.id, Self::wait(self, &r.id, &r.exec_id).await)?;
+        let exit = self.reply("Wait", &r.id, Self::wait(self, &r.id, &r.exec_id).await)?;
         Ok(api::WaitResponse {
             exit_status: exit.status.0,
             exited_at: timestamp(exit.at),
@@ -365,7 +366,7 @@ impl Task for Service {
         _: &TtrpcContext,
         r: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
-        let stats = reply("Stats", &r.id, Self::stats(self, &r.id).await)?;
+        let stats = self.reply("Stats", &r.id, Self::stats(self, &r.id).await)?;
         Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 

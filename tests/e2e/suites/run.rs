@@ -1,5 +1,8 @@
 //! A container runs: what it sees of its image, arguments, environment, identity and host.
 
+use std::time::Duration;
+
+use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
 
@@ -19,6 +22,7 @@ cases!("run":
     a_64_character_id_runs,
     pid_file_holds_the_host_pid,
     detached_container_is_listed_running,
+    a_shim_without_work_gives_its_memory_back,
 );
 
 fn prints_and_exits_with_zero(t: &Test) {
@@ -143,4 +147,22 @@ fn detached_container_is_listed_running(t: &Test) {
     assert_eq!(t.wait_exit(&id).exit_status(), 0);
     t.wait_status(&id, "STOPPED");
     t.delete(&id);
+}
+
+fn a_shim_without_work_gives_its_memory_back(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&[], &id);
+    let shim = t.node.shims(&id)[0];
+    let mapped = || {
+        let text = process::status_field(shim, "RssFile").expect("its memory");
+        text.trim_end_matches(" kB").parse::<u64>().expect("a number")
+    };
+    for _ in 0..2 {
+        t.exec(&[], &id, &["true"]).ok();
+        let used = mapped();
+        eventually("it lets go of its code", Duration::from_secs(10), || {
+            (mapped() < used / 2).then_some(())
+        });
+    }
+    t.exec(&[], &id, &["probe", "exit", "7"]).expect(7);
 }

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task as pb;
 use containerd_shim_protos::protobuf::well_known_types::{any::Any, timestamp::Timestamp};
-use containerd_shim_protos::protobuf::{MessageField, MessageFull};
+use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
 
 use crate::lxc::rootfs::RootfsMount;
@@ -251,11 +251,12 @@ impl Event {
     }
 }
 
-/// Packs a message as containerd's `typeurl` does: the bare message name without a host, which is
-/// what its clients compare.
-fn any<M: MessageFull>(message: &M) -> Any {
+/// Packs a message of `containerd.events` as containerd's `typeurl` does: the bare name without a host,
+/// which is what its clients compare.
+fn any<M: Message>(message: &M) -> Any {
     let mut any = Any::new();
-    any.type_url = M::descriptor().full_name().to_string();
+    // The descriptor would tell it as well, and stay in memory with those of all messages.
+    any.type_url = format!("containerd.events.{}", M::NAME);
     // Writing to memory fails only for a message without its required fields; proto3 has none.
     any.value = message.write_to_bytes().unwrap_or_default();
     any
@@ -272,6 +273,7 @@ pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use containerd_shim_protos::protobuf::MessageFull;
     use std::time::Duration;
 
     fn at() -> SystemTime {

@@ -8,9 +8,9 @@ use tokio::time::timeout;
 
 use crate::sys::memory;
 
-/// Longer than the pauses between the calls of one client's action, shorter than those between a kubelet's
-/// questions for statistics (10 s).
-const QUIET: Duration = Duration::from_secs(2);
+/// Longer than connections to Proxmox are kept (3 s), whose end is work as well; shorter than the pauses
+/// between a kubelet's questions for statistics (10 s).
+const QUIET: Duration = Duration::from_secs(5);
 
 /// What tells that the shim is in use.
 #[derive(Debug, Default)]

@@ -28,7 +28,7 @@ use harness::{image, sys};
 use serde_json::{Value, json};
 
 /// How long a shim is left alone before its memory is taken again.
-const IDLE: Duration = Duration::from_secs(3);
+const IDLE: Duration = Duration::from_secs(7);
 
 const RUNC: &str = "io.containerd.runc.v2";
 
@@ -266,13 +266,13 @@ fn pod(subject: &Subject, members: usize, id: &str, idles: bool, results: &mut R
             "pod of 1, until it is ready",
             "pod of 1, delete",
             "PSS of a pod's shim, 1 container",
-            "  of it: after 3 s without a call",
+            "  of it: after 7 s without a call",
         ],
         _ => [
             "pod of 5, until it is ready",
             "pod of 5, delete",
             "PSS of a pod's shim, 5 containers",
-            "  of them: after 3 s without a call",
+            "  of them: after 7 s without a call",
         ],
     };
     let (driver, column) = (&subject.driver, subject.column);

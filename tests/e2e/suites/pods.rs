@@ -463,8 +463,8 @@ fn members_join_the_sandbox(t: &Test) {
         })
         .collect();
     // They reach each other on the pod's loopback.
-    let (status, _) = exec(t, &members[0], "server", "nc -l -p 4242 -e echo hello & sleep 0.2");
-    assert_eq!(status, 0);
+    let server = "nc -l -p 4242 -e echo hello & while ! netstat -ltn | grep -q :4242; do :; done";
+    assert_eq!(exec(t, &members[0], "server", server).0, 0);
     assert_eq!(exec(t, &members[1], "client", "nc 127.0.0.1 4242"), (0, "hello".to_owned()));
     // The end of one is not that of another, nor of the sandbox.
     members[0].remove();
@@ -496,9 +496,14 @@ fn a_shared_pid_namespace_is_reaped_and_kills_stay_inside(t: &Test) {
             member
         })
         .collect();
-    let (status, seen) =
-        exec(t, &members[0], "see", "cat /proc/1/comm; ps | grep -c '[s]leep 1000$'");
-    assert_eq!((status, seen.as_str()), (0, "pod-sandbox\n2"));
+    // Their scripts may be on the way to it.
+    let mut look = 0;
+    eventually("one sees both", Duration::from_secs(10), || {
+        look += 1;
+        let script = "cat /proc/1/comm; ps | grep -c '[s]leep 1000$'";
+        let seen = exec(t, &members[0], &format!("see{look}"), script).1;
+        (seen == "pod-sandbox\n2").then_some(())
+    });
     // An orphan becomes a child of the sandbox, which reaps it: no zombie stays.
     exec(t, &members[0], "orphan", "(sleep 0.1 & sh -c 'sleep 0.2 & exit' &) ; exit");
     eventually("orphans are reaped", Duration::from_secs(5), || {

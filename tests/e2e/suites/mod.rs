@@ -17,6 +17,7 @@ mod fallback;
 mod hang;
 mod hooks;
 mod hostile;
+mod idle;
 mod limits;
 mod namespaces;
 mod oci;
@@ -115,6 +116,7 @@ pub fn all(setting: &Setting) -> Vec<Case> {
         namespaces::cases,
         seccomp::cases,
         hooks::cases,
+        idle::cases,
         explain::cases,
         rootfs::cases,
         userns::cases,

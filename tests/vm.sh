@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
 	cat <<-'END'
-		usage: tests/vm.sh [--image-only] [--quick] [WORD...]
+		usage: tests/vm.sh [--image-only] [--quick | --bench] [WORD...]
 
 		Boots Debian 13 in QEMU (emulated where there is no KVM, or this machine is a virtual one
 		itself; that is slow and takes two cores): its stock kernel, systemd, cgroup2 only, AppArmor enforcing, LXC 6 and
@@ -13,6 +13,7 @@ usage() {
 		The machine has no network and leaves nothing behind but its logs.
 
 		  --quick       the tests of what depends on the kernel, cgroup2, AppArmor or systemd most
+		  --bench       the benchmark instead, in few rounds; emulation leaves only its ratios
 		  --image-only  only build the machine's disk (once, 1 GB below target/vm)
 
 		environment:
@@ -27,12 +28,13 @@ usage() {
 cd "$(dirname "$0")/.."
 vm=$PWD/target/vm
 log=$vm/log
-words=() image_only=no
+words=() image_only=no bench=no
 quick=(apparmor:: limits:: oom device proxmox:: signals:: namespaces:: userns:: pods:: cri::pods_are cri::res cri::sec)
 for argument; do
 	case $argument in
 	--help | -h) usage && exit ;;
 	--image-only) image_only=yes ;;
+	--bench) bench=yes ;;
 	--quick) words+=("${quick[@]}") ;;
 	-*) usage >&2 && exit 2 ;;
 	*) words+=("$argument") ;;
@@ -140,10 +142,12 @@ build_image() {
 	printf '%s\n' "$recipe" >"$vm/recipe"
 }
 
-# The path of the compiled suites.
+# The path of the compiled suites, or of the benchmark.
 suites() {
-	cargo test --locked --test e2e --no-run --message-format=json 2>"$log/cargo.log" |
-		sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' || {
+	local build=(test --test) name=e2e
+	[[ $bench == no ]] || build=(bench --bench) name=shims
+	cargo "${build[@]}" "$name" --locked --no-run --message-format=json 2>"$log/cargo.log" |
+		sed -n "s/.*\"executable\":\"\([^\"]*\/$name-[^\"]*\)\".*/\1/p" || {
 		tail -n 20 "$log/cargo.log" >&2
 		return 1
 	}
@@ -151,6 +155,8 @@ suites() {
 
 # What the machine runs: its words and those of the suites come back through the shared directory.
 guest() {
+	local arguments=--test-threads=${VM_THREADS:-2}
+	[[ $bench == no ]] || arguments=--bench
 	cat <<-END
 		#!/bin/sh
 		export HOME=/root PATH=/usr/sbin:/usr/bin LANG=C.UTF-8
@@ -164,7 +170,8 @@ guest() {
 		echo "kernel \$(uname -r), PID 1 \$(cat /proc/1/comm), \$(stat -fc %T /sys/fs/cgroup)," \\
 			"AppArmor of lxc-start: \$profile, LXC \$(lxc-start --version), \$(containerd --version)," \\
 			"clock \$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
-		/opt/e2e/e2e --test-threads=${VM_THREADS:-2}
+		export BENCH_ROUNDS=${BENCH_ROUNDS:-5} BENCH_STDOUT_MIB=${BENCH_STDOUT_MIB:-64}
+		/opt/e2e/e2e $arguments
 		echo \$? >/mnt/status
 		journalctl --no-pager -b >/mnt/journal
 		sync

@@ -315,6 +315,10 @@ async fn read(response: Response<hyper::body::Incoming>) -> Result<Answer, Broke
         .map(|reason| String::from_utf8_lossy(reason.as_bytes()).into_owned());
     let reason = reason.or_else(|| status.canonical_reason().map(str::to_owned));
     let (status, reason) = (status.as_u16(), reason.unwrap_or_default());
+    let told = response.body().size_hint().lower();
+    if told > MAX_BODY as u64 {
+        return Err(Broken::TooLong { status });
+    }
     let mut incoming = std::pin::pin!(response.into_body());
     let mut body = Vec::new();
     while let Some(frame) = std::future::poll_fn(|cx| incoming.as_mut().poll_frame(cx)).await {

@@ -256,9 +256,8 @@ async fn drain_gives_up_on_a_process_that_never_stops_to_write() {
     let reader = client(&out);
     let script = "while echo x; do :; done & exit 3";
     assert_eq!(end_of(workload(script, stdio.child_fds().unwrap())).await, 3);
-    let start = Instant::now();
-    stdio.drain(Duration::from_millis(300)).await;
-    assert!(start.elapsed() >= Duration::from_millis(300), "{:?}", start.elapsed());
+    let drained = stdio.drain(Duration::from_millis(300));
+    tokio::time::timeout(Duration::from_secs(10), drained).await.expect("it gives up");
     stdio.finish();
     assert!(all(reader).await.starts_with(b"x\n"));
 }

@@ -125,13 +125,21 @@ async fn the_front_end_s_own_errors_are_read_back() {
 
 #[tokio::test]
 async fn an_answer_without_end_is_cut_off() {
-    let fake = Fake::start(|_| {
-        let body = "x".repeat(17 << 20);
-        Reply::Raw(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()))
-    })
-    .await;
-    let error = client(&fake).check().await.unwrap_err();
-    assert!(error.to_string().contains("too long"), "{error}");
+    let too_long = 17 << 20;
+    for (length, body) in [
+        // Refused before it is read.
+        (format!("Content-Length: {too_long}\r\n"), String::new()),
+        // It ends with the connection.
+        (String::new(), "x".repeat(too_long)),
+    ] {
+        let reply = format!("HTTP/1.1 200 OK\r\n{length}\r\n{body}");
+        let fake = Fake::start(move |_| Reply::Raw(reply.clone())).await;
+        let mut config = config(&fake, pin(&fake));
+        // To read so much takes a while where there is much else to do.
+        config.proxmox.request_timeout = Duration::from_secs(30);
+        let error = Client::new(&config).unwrap().check().await.unwrap_err();
+        assert!(error.to_string().contains("too long"), "{error}");
+    }
     // Heads too.
     let fake = Fake::start(|_| {
         Reply::Raw(format!("HTTP/1.1 200 OK\r\nX: {}\r\n\r\n", "x".repeat(1 << 20)))

@@ -162,6 +162,12 @@ impl RunDir {
         self.0.join("shm")
     }
 
+    /// Where the files are mounted that a pod's containers have in `/etc`.
+    #[must_use]
+    pub fn etc(&self) -> PathBuf {
+        self.0.join("etc")
+    }
+
     fn state(&self) -> PathBuf {
         self.0.join("state.json")
     }

@@ -140,6 +140,17 @@ pub enum PlannedMount {
     Init(Mount),
 }
 
+impl PlannedMount {
+    /// Where it is in the container.
+    #[must_use]
+    pub fn destination(&self) -> &str {
+        match self {
+            Self::Bind { destination, .. } | Self::OfNamespace { destination, .. } => destination,
+            Self::Init(mount) => &mount.destination,
+        }
+    }
+}
+
 /// See [`PlannedMount::OfNamespace`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NamespaceFilesystem {

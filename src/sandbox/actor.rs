@@ -240,12 +240,15 @@ impl Actor {
         }
         let Some(waiting) = sandbox.waiting.take() else { return refuse("has been started") };
         waiting.go().await.map_err(pod::Error::from)?;
-        self.env.sandbox.set(State::Running(Shared {
+        let shared = Shared {
             pid: sandbox.pod.holder.pid,
             namespaces: sandbox.plan.namespaces.clone(),
             maps_users: sandbox.plan.user_namespace.is_some(),
             memory: sandbox.pod.dir.shm(),
-        }));
+            etc: sandbox.pod.dir.etc(),
+            names: sandbox.pod.names.clone(),
+        };
+        self.env.sandbox.set(State::Running(Arc::new(shared)));
         self.change_view(|view| view.started = true);
         let view = self.view.borrow().clone();
         view.ok_or_else(|| Error::SandboxNotFound { id: id.to_owned() })
@@ -342,10 +345,11 @@ fn plan(containerd: &str, request: &CreateRequest) -> Result<pod::Plan> {
         Err(source) => return Err(Error::Io { action: "read the sandbox's config.json", source }),
     };
     let options = request.options.as_ref();
+    let options = options.map(|(kind, value)| (kind.as_str(), value.as_slice()));
     let spec = spec::of_pause_container(&spec::Request {
         id: &request.id,
         config,
-        options: options.map(|(kind, value)| (kind.as_str(), value.as_slice())),
+        options,
         network: request.network.as_deref().map(network),
     })?;
     let host =
@@ -362,6 +366,7 @@ fn plan(containerd: &str, request: &CreateRequest) -> Result<pod::Plan> {
     }
     let mut plan = pod::Plan::of_pause_container(&plan, containerd, &request.id);
     plan.shared_memory = Some(SHARED_MEMORY);
+    plan.names = spec::names(options)?;
     Ok(plan)
 }
 

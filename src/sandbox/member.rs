@@ -5,7 +5,7 @@
 //! by those that share the ipc namespace.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::libc;
 use proxmox_shim_init::protocol::MountSource;
@@ -46,6 +46,9 @@ pub struct Shared {
     pub maps_users: bool,
     /// The directory to be mounted on `/dev/shm`.
     pub memory: PathBuf,
+    /// The directory of the files to be mounted in `/etc`, and their names.
+    pub etc: PathBuf,
+    pub names: Vec<&'static str>,
 }
 
 /// Whether the shim holds a sandbox for the Sandbox service.
@@ -57,7 +60,7 @@ pub enum State {
     /// It was not started yet, or has ended. A container made now would get the node's namespaces in
     /// the place of the pod's.
     NotRunning,
-    Running(Shared),
+    Running(Arc<Shared>),
 }
 
 /// The one sandbox of a shim.
@@ -139,6 +142,7 @@ impl Shared {
         if plan.namespaces.ipc == self.path(Kind::Ipc) && self.holds(Kind::Ipc) {
             self.share_memory(&mut plan.mounts);
         }
+        self.share_names(plan);
         Ok(())
     }
 
@@ -157,6 +161,25 @@ impl Shared {
 
     fn file(&self, kind: Kind) -> PathBuf {
         format!("/proc/{}/ns/{}", self.pid, kind.file()).into()
+    }
+
+    /// Those that the client does not mount itself.
+    fn share_names(&self, plan: &mut Plan) {
+        for name in &self.names {
+            let destination = format!("/etc/{name}");
+            if plan.mounts.iter().any(|mount| mount.destination() == destination) {
+                continue;
+            }
+            let read_only = if plan.root_readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+            plan.mounts.push(PlannedMount::Bind {
+                source: self.etc.join(name),
+                destination,
+                recursive: false,
+                attributes: MountAttributes { set: read_only, ..MountAttributes::default() },
+                propagation: vec![libc::MS_PRIVATE],
+                ids: None,
+            });
+        }
     }
 
     fn share_memory(&self, mounts: &mut [PlannedMount]) {
@@ -203,7 +226,14 @@ mod tests {
 
     fn sandbox(namespace: &Namespace) -> Shared {
         let namespaces = namespaces(namespace);
-        Shared { pid: 42, namespaces, maps_users: false, memory: "/run/shm".into() }
+        Shared {
+            pid: 42,
+            namespaces,
+            maps_users: false,
+            memory: "/run/shm".into(),
+            etc: "/run/etc".into(),
+            names: vec!["hosts", "resolv.conf"],
+        }
     }
 
     /// A container whose namespaces have these paths; the others are the node's.
@@ -263,6 +293,24 @@ mod tests {
         let mut member = plan(&[("network", "/run/netns/other")], "");
         sandbox(&Namespace::New).join(&mut member).unwrap();
         assert_eq!(member.namespaces.network, other);
+    }
+
+    #[test]
+    fn files_of_names_are_mounted_unless_the_client_does() {
+        let mut member = plan(&[], "");
+        member.root_readonly = true;
+        let [own, shared] = [("/mine", "/etc/hosts"), ("/run/etc/resolv.conf", "/etc/resolv.conf")];
+        let bind = |(source, destination): (&str, &str), set| PlannedMount::Bind {
+            source: source.into(),
+            destination: destination.to_owned(),
+            recursive: false,
+            attributes: MountAttributes { set, ..MountAttributes::default() },
+            propagation: vec![libc::MS_PRIVATE],
+            ids: None,
+        };
+        member.mounts = vec![bind(own, 0)];
+        sandbox(&Namespace::New).join(&mut member).unwrap();
+        assert_eq!(member.mounts, [bind(own, 0), bind(shared, libc::MOUNT_ATTR_RDONLY)]);
     }
 
     #[test]

@@ -7,11 +7,13 @@
 //!
 //! containerd asks for a sandbox in one of two ways: as the task of a pause container (see
 //! [`crate::task::sandbox`]), or through its Sandbox service, which is [`service`], with [`actor`]
-//! behind it, [`spec`] for the translation of its requests and [`member`] for what containers get.
+//! behind it, [`spec`] for the translation of its requests, [`names`] for the files that CRI then leaves to us,
+//! and [`member`] for what containers get.
 
 pub mod actor;
 pub mod holder;
 pub mod member;
+pub mod names;
 pub mod namespace;
 pub mod pod;
 pub mod service;

@@ -5,7 +5,7 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::libc;
@@ -17,9 +17,13 @@ use crate::lxc::subordinate_ids;
 use crate::oci;
 use crate::oci::plan::{Namespace, Namespaces, Resources, UserNamespace};
 use crate::sandbox::holder::{self, Holder, Waiting};
+use crate::sandbox::names::{self, Names};
 use crate::sandbox::namespace::{self, Joined, by_kind};
 use crate::sys::mount;
 use crate::sys::user_namespace::{has_mappings, with_mappings};
+
+/// Bytes that containers may add to the files of the pod's names.
+const ROOM: u64 = 1 << 20;
 
 /// Why a pod has no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +55,9 @@ pub enum Error {
     /// The shared memory can't be mounted.
     #[error("mount the pod's shared memory at {path}")]
     SharedMemory { path: PathBuf, source: io::Error },
+    /// The files of the pod can't be written.
+    #[error("make the pod's hostname, hosts and resolv.conf in {path}")]
+    Names { path: PathBuf, source: io::Error },
     /// The holder could not tell its status.
     #[error("create {path}")]
     ExitRecord { path: PathBuf, source: io::Error },
@@ -79,6 +86,8 @@ pub struct Plan {
     /// Bytes of a `/dev/shm` for the containers that share the ipc namespace, if the client does not
     /// bring one.
     pub shared_memory: Option<u64>,
+    /// For the containers' `/etc`, if the client does not bring the files.
+    pub names: Option<Names>,
 }
 
 impl Plan {
@@ -102,6 +111,7 @@ impl Plan {
             additional_gids: plan.process.additional_gids.clone(),
             oom_score_adj: plan.process.oom_score_adj,
             shared_memory: None,
+            names: None,
         }
     }
 
@@ -142,6 +152,8 @@ pub struct Pod {
     pub record: Record,
     pub holder: Holder,
     pub cgroup: Arc<Cgroup>,
+    /// Of the files in the run directory's [`RunDir::etc`].
+    pub names: Vec<&'static str>,
 }
 
 /// Makes the sandbox in `dir`, which exists. `record` always tells what has been made, so that a
@@ -164,6 +176,13 @@ pub async fn create(
         let (path, user) = (dir.shm(), plan.user_namespace.clone());
         blocking(move || mount_shared_memory(path, bytes, user.as_ref())).await?;
     }
+    let names = match plan.names.clone() {
+        Some(names) => {
+            let (path, user) = (dir.etc(), plan.user_namespace.clone());
+            blocking(move || write_names(path, &names, user.as_ref())).await?
+        }
+        None => Vec::new(),
+    };
     record.cgroups = vec![plan.cgroup.clone()];
     save(dir, record).await?;
     let (path, resources) = (plan.cgroup.clone(), plan.resources.clone());
@@ -192,7 +211,8 @@ pub async fn create(
         })
         .await?;
     }
-    let pod = Pod { dir: dir.clone(), record: record.clone(), holder, cgroup: Arc::new(cgroup) };
+    let (dir, record, cgroup) = (dir.clone(), record.clone(), Arc::new(cgroup));
+    let pod = Pod { dir, record, holder, cgroup, names };
     Ok((pod, waiting))
 }
 
@@ -239,21 +259,52 @@ fn mount_shared_memory(
     bytes: u64,
     user: Option<&UserNamespace>,
 ) -> Result<(), Error> {
+    let mounted = mount_tmpfs("shm", &path, bytes, "1777", root(user));
+    mounted.map_err(|source| Error::SharedMemory { path, source })
+}
+
+/// The containers may change the files, so they have a file system of their own: they could fill up the
+/// node's.
+fn write_names(
+    path: PathBuf,
+    names: &Names,
+    user: Option<&UserNamespace>,
+) -> Result<Vec<&'static str>, Error> {
+    let write = || {
+        let files = names.files()?;
+        let bytes: usize = files.iter().map(|(_, content)| content.len()).sum();
+        let bytes = u64::try_from(bytes).map_err(io::Error::other)?;
+        mount_tmpfs("names", &path, bytes + ROOM, "0755", root(user))?;
+        names::write(&path, &files, root(user))?;
+        Ok(files.iter().map(|(name, _)| *name).collect())
+    };
+    write().map_err(|source| Error::Names { path: path.clone(), source })
+}
+
+/// The node's ids of the pod's root.
+fn root(user: Option<&UserNamespace>) -> (u32, u32) {
+    let mappings = user.map(|user| &user.mappings);
+    let uid = mappings.and_then(|mappings| mappings.host_uid(0));
+    let gid = mappings.and_then(|mappings| mappings.host_gid(0));
+    (uid.unwrap_or(0), gid.unwrap_or(0))
+}
+
+fn mount_tmpfs(
+    source: &str,
+    path: &Path,
+    bytes: u64,
+    mode: &str,
+    (uid, gid): (u32, u32),
+) -> io::Result<()> {
     const ATTRIBUTES: u64 =
         libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-    let mount = || -> io::Result<()> {
-        DirBuilder::new().mode(0o700).create(&path)?;
-        let fs = mount::Filesystem::open("tmpfs")?;
-        fs.set("source", b"shm")?;
-        fs.set("mode", b"1777")?;
-        fs.set("size", bytes.to_string().as_bytes())?;
-        if let Some(UserNamespace { mappings, .. }) = user {
-            for (option, root) in [("uid", mappings.host_uid(0)), ("gid", mappings.host_gid(0))] {
-                fs.set(option, root.unwrap_or_default().to_string().as_bytes())?;
-            }
-        }
-        let tree = fs.mount(ATTRIBUTES)?;
-        mount::attach(tree.as_fd(), std::fs::File::open(&path)?.as_fd())
-    };
-    mount().map_err(|source| Error::SharedMemory { path: path.clone(), source })
+    DirBuilder::new().mode(0o700).create(path)?;
+    let fs = mount::Filesystem::open("tmpfs")?;
+    fs.set("source", source.as_bytes())?;
+    fs.set("mode", mode.as_bytes())?;
+    for (option, value) in [("size", bytes), ("uid", uid.into()), ("gid", gid.into())] {
+        fs.set(option, value.to_string().as_bytes())?;
+    }
+    let tree = fs.mount(ATTRIBUTES)?;
+    mount::attach(tree.as_fd(), std::fs::File::open(path)?.as_fd())
 }

@@ -7,6 +7,8 @@ use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::protobuf::{Message, UnknownValueRef};
 use serde_json::{Map, Value, json};
 
+use crate::sandbox::names::Names;
+
 /// The options of a sandbox, if containerd's CRI plugin asks for it.
 const POD_SANDBOX_CONFIG: &str = "runtime.v1.PodSandboxConfig";
 /// Of `NamespaceMode`.
@@ -139,12 +141,7 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
         Some(Value::Object(spec)) => spec.clone(),
         Some(_) => return Err(Error::Bundle { reason: "is not an object".to_owned() }),
     };
-    let config = match request.options {
-        Some((kind, value)) if kind.rsplit('/').next() == Some(POD_SANDBOX_CONFIG) => {
-            Fields::parse(value)?
-        }
-        _ => Fields(Vec::new()),
-    };
+    let config = pod_sandbox_config(request.options)?.unwrap_or(Fields(Vec::new()));
     let linux = config.message(8)?;
     let security = linux.message(2)?;
     let modes = security.message(1)?;
@@ -211,6 +208,44 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
         json!({"args": ["/pause"], "cwd": "/", "user": {"uid": 65535, "gid": 65535}}),
     );
     Ok(spec.into())
+}
+
+/// What the files of a pod are to tell its containers; `None` if it is not CRI that asks, which expects
+/// them of the shim.
+///
+/// # Errors
+/// [`Error::Malformed`].
+pub fn names(options: Option<(&str, &[u8])>) -> Result<Option<Names>, Error> {
+    let Some(config) = pod_sandbox_config(options)? else { return Ok(None) };
+    // As CRI does: one that says nothing is not the node's.
+    let resolver = config.all(4).last().map(|dns| resolver(&Fields::parse(dns)?)).transpose()?;
+    Ok(Some(Names { hostname: config.text(2)?, resolver }))
+}
+
+/// The `resolv.conf` of a `DNSConfig`.
+fn resolver(dns: &Fields) -> Result<String, Error> {
+    let texts = |field| -> Result<Vec<&str>, Error> {
+        dns.all(field).map(|text| std::str::from_utf8(text).map_err(|_| Error::Malformed)).collect()
+    };
+    let [servers, searches, options] = [texts(1)?, texts(2)?, texts(3)?];
+    let mut lines = Vec::new();
+    if !searches.is_empty() {
+        lines.push(format!("search {}\n", searches.join(" ")));
+    }
+    lines.extend(servers.into_iter().map(|server| format!("nameserver {server}\n")));
+    if !options.is_empty() {
+        lines.push(format!("options {}\n", options.join(" ")));
+    }
+    Ok(lines.concat())
+}
+
+fn pod_sandbox_config(options: Option<(&str, &[u8])>) -> Result<Option<Fields>, Error> {
+    match options {
+        Some((kind, value)) if kind.rsplit('/').next() == Some(POD_SANDBOX_CONFIG) => {
+            Fields::parse(value).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// As CRI does for both drivers of the kubelet.
@@ -283,6 +318,28 @@ mod tests {
         let node = of(&with_users(&[1 << 3, 2]), None);
         assert_eq!(kinds(&node), ["mount", "uts", "pid", "ipc"]);
         assert!(node["linux"].get("uidMappings").is_none());
+    }
+
+    #[test]
+    fn the_files_of_a_pod_tell_what_cri_says() {
+        let dns = [
+            bytes(1, b"10.0.0.1"),
+            bytes(1, b"10.0.0.2"),
+            bytes(2, b"a"),
+            bytes(2, b"b"),
+            bytes(3, b"ndots:5"),
+        ];
+        let config = [bytes(2, b"web-0"), bytes(4, &dns.concat())].concat();
+        let named = names(Some((POD_SANDBOX_CONFIG, &config))).unwrap().unwrap();
+        assert_eq!(named.hostname.as_deref(), Some("web-0"));
+        let text = "search a b\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions ndots:5\n";
+        assert_eq!(named.resolver.as_deref(), Some(text));
+        let of_node = names(Some((POD_SANDBOX_CONFIG, &[]))).unwrap();
+        assert_eq!(of_node, Some(Names::default()));
+        let nothing = names(Some((POD_SANDBOX_CONFIG, &bytes(4, &[])))).unwrap().unwrap();
+        assert_eq!(nothing.resolver.as_deref(), Some(""));
+        assert_eq!(names(Some(("x.Other", &[0xff]))), Ok(None));
+        assert_eq!(names(None), Ok(None));
     }
 
     #[test]

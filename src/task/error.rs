@@ -226,7 +226,8 @@ fn sandbox_code(error: &pod::Error) -> Code {
         | pod::Error::Ledger(_)
         | pod::Error::UserNamespace(_)
         | pod::Error::ExitRecord { .. }
-        | pod::Error::SharedMemory { .. } => Code::UNKNOWN,
+        | pod::Error::SharedMemory { .. }
+        | pod::Error::Names { .. } => Code::UNKNOWN,
     }
 }
 

@@ -88,8 +88,8 @@ async fn end_pod_sandbox(dir: &RunDir, record: &Record) -> Result<()> {
         Cgroup::at(container)?.kill_all().await?;
         remove_cgroups(record.cgroups.clone()).await?;
     }
-    let shm = dir.shm();
-    blocking(move || Ok(rootfs::unmount(&shm)?)).await
+    let mounted = [dir.shm(), dir.etc()];
+    blocking(move || Ok(mounted.iter().try_for_each(|path| rootfs::unmount(path))?)).await
 }
 
 /// Returns whether the VMID was that of our CT.

@@ -11,8 +11,8 @@ use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
     AttachRequest, Capability, CdiDevice, ContainerConfig, ContainerMetadata, ContainerState,
     ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CpuUsage,
-    CreateContainerRequest, Device, ExecRequest, ExecSyncRequest, IdMapping, ImageSpec, Int64Value,
-    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    CreateContainerRequest, Device, DnsConfig, ExecRequest, ExecSyncRequest, IdMapping, ImageSpec,
+    Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, MemoryUsage, Mount,
     MountPropagation, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
     PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, PortForwardRequest,
@@ -186,6 +186,8 @@ pub struct Pod {
     pub host_port: Option<(i32, i32)>,
     pub sysctls: Vec<(&'static str, &'static str)>,
     pub privileged: bool,
+    /// `resolv.conf` of its containers, if it is not the node's: name servers, search domains, options.
+    pub dns: Option<[Vec<&'static str>; 3]>,
     /// The node's id of its root, if it has a user namespace, of [`IDS`] ids.
     pub users: Option<u32>,
     pub annotations: Vec<(String, String)>,
@@ -204,6 +206,7 @@ impl Pod {
             host_port: None,
             sysctls: Vec::new(),
             privileged: false,
+            dns: None,
             users: None,
             annotations: Vec::new(),
             cgroup: format!("/{}/{name}", node.tag),
@@ -250,6 +253,11 @@ impl Pod {
             }),
             hostname: if self.is_on_host_network() { String::new() } else { self.name.clone() },
             log_directory: self.logs.clone(),
+            dns_config: self.dns.as_ref().map(|[servers, searches, options]| DnsConfig {
+                servers: words(servers),
+                searches: words(searches),
+                options: words(options),
+            }),
             port_mappings: self.host_port.into_iter().map(port).collect(),
             annotations: self.annotations.iter().cloned().collect(),
             linux: Some(LinuxPodSandboxConfig {

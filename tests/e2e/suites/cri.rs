@@ -21,6 +21,7 @@ use crate::suites::{apparmor, own_node};
 
 own_node!("cri", Options { cri: Some("podsandbox"), ..Options::default() };
     a_pod_runs_and_goes,
+    a_pod_tells_its_containers_names,
     processes_are_executed_attached_and_forwarded_to,
     logs_are_written_and_rotated,
     resources_are_limited_counted_and_changed,
@@ -197,6 +198,47 @@ fn a_pod_runs_and_goes(t: &Test) {
     cri.stop_pod(&id);
     assert!(!cri.pod_status(&id).0, "it is stopped");
     cri.stop_pod(&id);
+    finish(&cri);
+}
+
+/// Whatever the image has in `/etc`.
+fn a_pod_tells_its_containers_names(t: &Test) {
+    let cri = Cri { node: &t.node };
+    let mut pod = Pod::new(&t.node, "named");
+    let search = vec!["shop.svc", "svc"];
+    pod.dns = Some([vec!["10.96.0.10", "10.96.0.11"], search, vec!["ndots:5", "rotate"]]);
+    let id = cri.run_pod(&pod);
+    let one = cri.run(&id, &pod, &Container::idle("one"));
+    let resolver = "search shop.svc svc\nnameserver 10.96.0.10\nnameserver 10.96.0.11\n\
+                    options ndots:5 rotate";
+    assert_eq!(cri.output(&one, "cat /etc/resolv.conf"), resolver);
+    assert_eq!(cri.output(&one, "cat /etc/hostname"), "named");
+    let hosts = fs::read_to_string("/etc/hosts").expect("the node has one");
+    assert_eq!(cri.output(&one, "cat /etc/hosts"), hosts.trim_end());
+    let owners = "stat -c %u:%g:%a /etc/hostname /etc/hosts /etc/resolv.conf";
+    assert_eq!(cri.output(&one, owners), ["0:0:644"; 3].join("\n"));
+
+    // They are the pod's, and can be changed.
+    cri.output(&one, "echo 10.1.2.3 db >> /etc/hosts");
+    let mut container = Container::idle("two");
+    container.read_only = true;
+    let two = cri.run(&id, &pod, &container);
+    assert!(cri.output(&two, "cat /etc/hosts").ends_with("10.1.2.3 db"));
+    assert_ne!(cri.exec(&two, "echo 10.1.2.4 db2 >> /etc/hosts").status, 0);
+    // The kubelet brings its own hosts.
+    let own = t.node.root.join("own-hosts");
+    fs::write(&own, "10.9.9.9 other\n").expect("write a file");
+    let mut container = Container::idle("three");
+    container.mounts.push(Volume::new("/etc/hosts", &own.display().to_string()));
+    let three = cri.run(&id, &pod, &container);
+    assert_eq!(cri.output(&three, "cat /etc/hosts"), "10.9.9.9 other");
+    assert_eq!(cri.output(&three, "cat /etc/resolv.conf"), resolver);
+
+    let plain = Pod::new(&t.node, "plain");
+    let id = cri.run_pod(&plain);
+    let idle = cri.run(&id, &plain, &Container::idle("idle"));
+    let of_node = fs::read_to_string("/etc/resolv.conf").expect("the node has one");
+    assert_eq!(cri.output(&idle, "cat /etc/resolv.conf"), of_node.trim_end());
     finish(&cri);
 }
 
@@ -748,6 +790,8 @@ fn pods_have_user_namespaces(t: &Test) {
             (greeting.trim() == format!("hello from {name}")).then_some(())
         });
         if maps_volumes {
+            let own = "echo 10.1.2.3 db >> /etc/hosts && stat -c %u:%g /etc/resolv.conf";
+            assert_eq!(cri.output(&client, own), "0:0");
             cri.output(&client, &format!("touch /data/{name} && stat -c %u /data | grep -qx 0"));
             let file = fs::metadata(volume.join(name)).expect("it was made");
             assert_eq!(std::os::unix::fs::MetadataExt::uid(&file), 0);

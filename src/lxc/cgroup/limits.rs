@@ -14,6 +14,11 @@ use crate::oci::plan::{Limit, Resources};
 /// The kernel's own, and what a quota without a period means in OCI.
 const DEFAULT_PERIOD: u64 = 100_000;
 
+/// Files of cgroup2 from which programs learn their limits: language runtimes size heaps and pools of
+/// threads by them. `memory.oom.group` is not one of these, but counts where the limit is hit.
+const LOOKED_AT: [&str; 6] =
+    ["memory.oom.group", "memory.high", "memory.max", "memory.swap.max", "cpu.max", "pids.max"];
+
 impl Cgroup {
     /// Sets the limits that `resources` names and leaves all others alone.
     ///
@@ -39,7 +44,25 @@ impl Cgroup {
         }
         self.apply_blkio(resources)?;
         self.apply_hugepages(resources)?;
-        self.apply_unified(resources)
+        self.apply_unified(resources)?;
+        self.show()
+    }
+
+    /// Repeats in the inner cgroup what programs look for: it is the root of all that they see. v1 needs
+    /// it less, for there `memory.stat` tells the limit of the cgroups above.
+    fn show(&self) -> Result<(), Error> {
+        let Some(place) = self.unified() else { return Ok(()) };
+        for file in LOOKED_AT {
+            let shown = place.inner.join(file);
+            // Without the controller there is nothing to look at.
+            let (Ok(limit), Ok(old)) = (read(&place.limit.join(file)), read(&shown)) else {
+                continue;
+            };
+            if limit != old {
+                write(&shown, limit.trim())?;
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a memory limit below what is in use, if `resources` ask for that
@@ -643,6 +666,30 @@ mod tests {
                 assert_eq!(written(&dir, file), *value, "{file} for {resources:?}");
             }
         }
+    }
+
+    #[test]
+    fn programs_find_their_limits_where_they_look() {
+        let (dir, cgroup) = v2();
+        let resources = Resources {
+            memory_limit: Some(Limit::Value(4096)),
+            cpu_quota: Some(Limit::Value(50_000)),
+            pids_limit: Some(Limit::Value(10)),
+            unified: [("memory.oom.group".to_owned(), "1".to_owned())].into(),
+            ..Resources::default()
+        };
+        cgroup.apply(&resources, false).unwrap();
+        for (file, value) in [
+            ("memory.max", "4096"),
+            ("cpu.max", "50000 100000"),
+            ("pids.max", "10"),
+            ("memory.oom.group", "1"),
+            ("cpu.weight", ""),
+        ] {
+            assert_eq!(written(&dir, &format!("ns/{file}")), value, "{file}");
+        }
+        fs::remove_file(dir.path().join("lxc/700/ns/memory.max")).unwrap();
+        cgroup.apply(&resources, false).unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! liblxc puts PID 1 into `<container>/ns` in every hierarchy, where `<container>` is
 //! `lxc.cgroup.dir.container` (`lxc/<vmid>` on Proxmox VE) and `ns`
 //! `lxc.cgroup.dir.container.inner`. `ns` is the root of the CT's cgroup namespace; limits are set on
-//! its parent, which the CT can neither see nor change.
+//! its parent, which the CT can neither see nor change; `ns` repeats the ones that programs look at.
 //!
 //! All functions that are not `async` block, for microseconds as a rule; lowering a memory limit may
 //! block for as long as the kernel reclaims memory.

@@ -17,6 +17,7 @@ cases!("limits":
     cpu_shares_are_in_the_cgroup,
     pids_limit_stops_a_fork_bomb,
     without_a_limit_there_is_none,
+    programs_see_their_limits,
     update_changes_a_running_container,
     update_of_an_exited_container_is_refused,
     updates_at_once_do_not_refuse_each_other,
@@ -94,6 +95,38 @@ fn without_a_limit_there_is_none(t: &Test) {
     let limit = memory_limit(t, &id);
     let unlimited = limit == "max" || limit.parse::<u64>().is_ok_and(|bytes| bytes > 1 << 60);
     assert!(unlimited, "{limit}");
+}
+
+/// The root of what a program sees of cgroups is the one that it is in. Language runtimes look for their
+/// limits there, and size heaps and pools of threads by them.
+fn programs_see_their_limits(t: &Test) {
+    let id = t.id("a");
+    t.start_idle(&["--memory-limit", &(64 * MIB).to_string(), "--cpus", "0.5"], &id);
+    let groups = format!("/proc/{}/cgroup", t.pid(&id));
+    let groups = std::fs::read_to_string(groups).expect("its cgroups");
+    let path = |prefix: &str| {
+        let found = groups.lines().find_map(|line| line.split_once(prefix));
+        found.map(|(_, path)| path.to_owned()).expect("it is in a cgroup")
+    };
+    let read = |path: String| std::fs::read_to_string(path).expect("read a file of its cgroup");
+    let seen = || {
+        if is_cgroup2() {
+            let files = ["memory.max", "cpu.max", "pids.max"];
+            return files
+                .map(|file| read(format!("/sys/fs/cgroup{}/{file}", path("0::"))))
+                .concat();
+        }
+        let stat = read(format!("/sys/fs/cgroup/memory{}/memory.stat", path(":memory:")));
+        let limit = stat.lines().find_map(|line| line.strip_prefix("hierarchical_memory_limit "));
+        format!("{}\n", limit.expect("a limit"))
+    };
+    let expected =
+        |mib: u64, rest: &str| format!("{}\n{}", mib * MIB, if is_cgroup2() { rest } else { "" });
+    assert_eq!(seen(), expected(64, "50000 100000\nmax\n"));
+    let lower = json!({"memory": {"limit": 48 * MIB, "swap": 48 * MIB},
+        "cpu": {"quota": 25000, "period": 100_000}, "pids": {"limit": 50}});
+    update(t, &id, &lower).expect("update");
+    assert_eq!(seen(), expected(48, "25000 100000\n50\n"));
 }
 
 /// containerd's Tasks.Update with the JSON of OCI LinuxResources.

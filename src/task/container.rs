@@ -140,6 +140,8 @@ struct Process {
     stdio: Option<Stdio>,
     /// `CloseIO` may come while the streams are being opened.
     stdin_closed: bool,
+    /// `(width, height)` of a `ResizePty` that came before the streams: clients send it before the start.
+    size: Option<(u32, u32)>,
     /// The init process before its start.
     session: Option<init::Session>,
     /// An exec before its start.
@@ -359,17 +361,17 @@ impl Actor {
             self.advance(&exec_id, Phase::Starting)?;
             let process = self.process(&exec_id)?;
             let program = process.program.take();
-            Ok((ct, process.request.clone(), program))
+            Ok((ct, process.request.clone(), process.size, program))
         })();
-        let (ct, request, program) = match begin {
-            Ok((ct, request, Some(program))) => (ct, request, program),
+        let (ct, request, size, program) = match begin {
+            Ok((ct, request, size, Some(program))) => (ct, request, size, program),
             Ok(_) => return answer(reply, Err(self.precondition("has no such exec to start"))),
             Err(error) => return answer(reply, Err(error)),
         };
         let env = self.env.clone();
         let id = self.id.clone();
         self.job(async move {
-            let result = run_exec(&env, &ct, &id, &exec_id, request, program).await;
+            let result = run_exec(&env, &ct, &id, &exec_id, request, size, program).await;
             Done::ExecStarted { exec_id, result, reply }
         });
     }
@@ -433,7 +435,10 @@ impl Actor {
         }
         match &mut process.stdio {
             Some(stdio) => Ok(stdio.resize(width, height)?),
-            None => Err(self.precondition("has no terminal there yet")),
+            None => {
+                process.size = Some((width, height));
+                Ok(())
+            }
         }
     }
 
@@ -772,6 +777,7 @@ impl Process {
             pidfd: None,
             stdio: None,
             stdin_closed: false,
+            size: None,
             session: None,
             program: None,
             ended: None,
@@ -783,6 +789,11 @@ impl Process {
     fn hold(&mut self, mut stdio: Stdio) {
         if self.stdin_closed {
             stdio.close_stdin();
+        }
+        if let Some((width, height)) = self.size
+            && let Err(error) = stdio.resize(width, height)
+        {
+            log::warn!("{error}");
         }
         self.stdio = Some(stdio);
     }
@@ -878,10 +889,16 @@ async fn run_exec(
     id: &str,
     exec_id: &str,
     request: StdioRequest,
+    size: Option<(u32, u32)>,
     mut program: Program,
 ) -> Result<StartedExec> {
     let context = env.stdio_context(id, Some(exec_id), &ct.bundle);
     let mut stdio = Stdio::open(&request, &context).await?;
+    // Set by init: it does not wait between opening the terminal and executing the program.
+    if let (Some((width, height)), Some(terminal)) = (size, &mut program.terminal) {
+        let bounded = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        (terminal.columns, terminal.rows) = (bounded(width), bounded(height));
+    }
     let (cgroup, files, init) = {
         let (cgroup, pid) = (ct.cgroup.clone(), ct.pid);
         let init = ct.pidfd.get_ref().try_clone();

@@ -516,6 +516,17 @@ impl Shim {
         let _ = self.delete("");
     }
 
+    pub fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), Refusal> {
+        let request = api::ResizePtyRequest {
+            id: self.id.clone(),
+            exec_id: exec.to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        self.call::<_, api::Empty>("ResizePty", &request).map(|_| ())
+    }
+
     pub fn close_stdin(&self, exec: &str) -> Result<(), Refusal> {
         let mut request = api::CloseIORequest::new();
         request.id.clone_from(&self.id);

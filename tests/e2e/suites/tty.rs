@@ -1,5 +1,8 @@
 //! Containers and execs on a terminal.
 
+use serde_json::json;
+
+use crate::harness::direct::Stdio3;
 use crate::harness::terminal::Terminal;
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -14,7 +17,9 @@ cases!("tty":
     exec_follows_a_resize,
     terminal_belongs_to_the_user,
     status_comes_back_from_a_terminal,
-    last_output_before_the_end_is_shown,
+    last_output_before_the_end_is_shown;
+    proxmox:
+    exec_may_be_resized_before_its_start,
 );
 
 fn on_terminal(t: &Test, id: &str, script: &str) -> Terminal {
@@ -96,6 +101,30 @@ fn exec_has_a_terminal_too(t: &Test) {
     terminal.send("abc\n");
     terminal.expect("<abc>");
     assert_eq!(terminal.wait(), 5);
+}
+
+// As nerdctl does, which complains of an error.
+fn exec_may_be_resized_before_its_start(t: &Test) {
+    let id = t.id("a");
+    let driver = t.driver();
+    let spec = driver.spec(&id, &["sleep", "1000"]);
+    let shim = driver.start(&id, &spec);
+    shim.create(&Stdio3::default()).and_then(|_| shim.start("")).expect("start");
+    let mut process = spec["process"].clone();
+    process["terminal"] = json!(true);
+    process["args"] = json!(["stty", "size"]);
+    let log = t.file("exec.out");
+    let io = Stdio3 { stdout: format!("file://{log}"), terminal: true, ..Stdio3::default() };
+    let outcome = shim
+        .exec("e", &process, &io)
+        .and_then(|()| shim.resize("e", 101, 33))
+        .and_then(|()| shim.start("e"))
+        .and_then(|_| shim.wait("e"))
+        .map(|reply| reply.exit_status);
+    shim.finish();
+    driver.remove_bundle(&id);
+    assert_eq!(outcome.expect("exec"), 0);
+    assert_eq!(std::fs::read_to_string(&log).expect("its output").trim(), "33 101");
 }
 
 fn exec_follows_a_resize(t: &Test) {

@@ -20,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 use super::uri::Program;
-use super::{Context, Error};
+use super::{Context, Error, READ_LIMIT, until_read};
 use crate::sys::command::pass_descriptors;
 use crate::sys::limits::restore_descriptors_in;
 
@@ -28,14 +28,16 @@ use crate::sys::limits::restore_descriptors_in;
 const READY_LIMIT: Duration = Duration::from_secs(10);
 /// From SIGTERM to SIGKILL: containerd's shim promises loggers ten seconds and allows twelve.
 const GRACE: Duration = Duration::from_secs(12);
-/// How long the workload's exit may wait for a logger that has its end of file. A logger that goes
-/// on running is no reason to hide the exit.
-const END_LIMIT: Duration = Duration::from_secs(2);
+/// How long the workload's exit may wait for a logger that has read everything, and has its end of file.
+/// A logger that goes on running is no reason to hide the exit: that of nerdctl waits for the exit itself.
+const END_LIMIT: Duration = Duration::from_millis(100);
 
 /// A running logger. It is told to end when this is dropped.
 #[derive(Debug)]
 pub(super) struct Logger {
     ended: watch::Receiver<bool>,
+    /// The workload's ends of the pipes, which tell how much the logger has still to read.
+    inputs: Vec<OwnedFd>,
     _end: oneshot::Sender<()>,
 }
 
@@ -95,6 +97,8 @@ impl Logger {
             return Err(Error::LoggerNotReady { program: program.path.clone(), reason });
         }
 
+        // Too many open files: as if it had read everything.
+        let inputs = [&stdout, &stderr].into_iter().flat_map(OwnedFd::try_clone).collect();
         let (ended_sender, ended) = watch::channel(false);
         let (end, asked_to_end) = oneshot::channel();
         let name = program.path.display().to_string();
@@ -102,18 +106,29 @@ impl Logger {
             supervise(child, asked_to_end, &name).await;
             let _ = ended_sender.send(true);
         });
-        Ok((Self { ended, _end: end }, LoggerInput { stdout, stderr }))
+        Ok((Self { ended, inputs, _end: end }, LoggerInput { stdout, stderr }))
     }
 
-    /// Waits until it has ended by itself, within bounds.
-    pub(super) fn ended(
-        &self,
+    /// Waits until it has read everything or has ended, within bounds; the workload must have ended.
+    pub(super) fn done(
+        &mut self,
         bound: Duration,
     ) -> impl Future<Output = ()> + Send + 'static + use<> {
-        let mut ended = self.ended.clone();
+        let (mut ended, inputs) = (self.ended.clone(), std::mem::take(&mut self.inputs));
         async move {
-            // An error means that the supervisor is gone, and the logger with it.
-            let _ = timeout(bound.min(END_LIMIT), ended.wait_for(|ended| *ended)).await;
+            let read = async {
+                for input in &inputs {
+                    until_read(input).await;
+                }
+            };
+            tokio::select! {
+                _ = timeout(bound.min(READ_LIMIT), read) => {}
+                // An error means that the supervisor is gone, and the logger with it.
+                _ = ended.wait_for(|ended| *ended) => {}
+            }
+            // Its end of file.
+            drop(inputs);
+            let _ = timeout(END_LIMIT, ended.wait_for(|ended| *ended)).await;
         }
     }
 }

@@ -249,8 +249,8 @@ impl Stdio {
 
     /// Call it when the process has ended. The future, which borrows nothing, is done when all output has
     /// been passed on: a terminal's to the last byte, a relayed stream's until nobody has written for 100 ms
-    /// if others have it open, a logger's as far as the logger has ended (for at most 2 s), and until the
-    /// FIFOs have been read (for at most 2 s, too). After `bound` it gives up: some other process still
+    /// if others have it open, and until loggers and the readers of FIFOs have read everything (for at
+    /// most 2 s). After `bound` it gives up: some other process still
     /// has the terminal open, or goes on writing, or nobody reads.
     pub fn drain(&mut self, bound: Duration) -> impl Future<Output = ()> + Send + 'static + use<> {
         // A logger or a relay would wait for the end of these.
@@ -259,7 +259,7 @@ impl Stdio {
         let terminal = self.copied.as_mut().and_then(Terminal::take_output);
         let relays = self.relays.iter_mut().filter_map(Relay::ended);
         let copies: Vec<_> = terminal.into_iter().chain(relays).collect();
-        let loggers: Vec<_> = self.loggers.iter().map(|logger| logger.ended(bound)).collect();
+        let loggers: Vec<_> = self.loggers.iter_mut().map(|logger| logger.done(bound)).collect();
         // Too many open files: as if nobody read.
         let fifos: Vec<_> = self.output_holds.iter().flat_map(OwnedFd::try_clone).collect();
         async move {
@@ -268,8 +268,8 @@ impl Stdio {
                     // An error means that it was aborted by `finish`.
                     let _ = copy.await;
                 }
-                for ended in loggers {
-                    ended.await;
+                for done in loggers {
+                    done.await;
                 }
             };
             if timeout(bound, all).await.is_err() {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::harness::process::{self, Running, eventually};
 use crate::harness::sys;
@@ -21,6 +21,7 @@ cases!("stdio":
     file_uri_makes_its_parents,
     binary_uri_feeds_a_logger,
     binary_uri_that_cannot_run_is_an_error,
+    a_logger_that_waits_for_the_exit_does_not_hold_it,
     detached_output_is_read_later_by_attach,
     a_client_that_goes_away_does_not_end_stdin,
     a_reader_that_comes_late_gets_everything,
@@ -148,6 +149,21 @@ fn binary_uri_feeds_a_logger(t: &Test) {
     });
     let names = format!("id={id} ns={}\n", t.node.namespace);
     assert_eq!(text, format!("out: a\nout: c\nerr: b\n{names}"));
+}
+
+/// As nerdctl's does.
+fn a_logger_that_waits_for_the_exit_does_not_hold_it(t: &Test) {
+    let logger = t.file("logger");
+    fs::write(&logger, "#!/bin/sh\nexec 5>&-\ncat <&3\nexec sleep 1000\n")
+        .expect("write the logger");
+    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let id = t.id("a");
+    t.start_idle(&["--log-uri", &format!("binary://{logger}")], &id);
+    t.kill(&id, "SIGKILL").ok();
+    let start = Instant::now();
+    assert_eq!(t.wait_exit(&id).exit_status(), 137);
+    let taken = start.elapsed();
+    assert!(taken < process::scaled(Duration::from_secs(1)), "{taken:?}");
 }
 
 fn binary_uri_that_cannot_run_is_an_error(t: &Test) {

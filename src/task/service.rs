@@ -153,6 +153,11 @@ impl Service {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
         })?;
+        // As with runc's shim. containerd's restart monitor would take a task that it finds for one that
+        // has to be replaced, and end its creation.
+        if process.phase == Phase::Creating {
+            return Err(Error::NotFound { id: id.to_owned() });
+        }
         let mut response = api::StateResponse {
             id: id.to_owned(),
             bundle: handle.bundle.to_string_lossy().into_owned(),

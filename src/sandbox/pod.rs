@@ -183,13 +183,14 @@ pub async fn create(
         }
         None => Vec::new(),
     };
+    // What another pod of this name left behind must not count for this one. Only a cgroup that nobody
+    // uses becomes ours.
+    let path = plan.cgroup.clone();
+    blocking(move || Ok(cgroup::remove_stale(&[&path])?)).await?;
     record.cgroups = vec![plan.cgroup.clone()];
     save(dir, record).await?;
     let (path, resources) = (plan.cgroup.clone(), plan.resources.clone());
     let (cgroup, entry) = blocking(move || {
-        // What another pod of this name left behind must not count for this one, and what runs there
-        // is none of ours.
-        cgroup::remove_stale(&[&path])?;
         let cgroup = Cgroup::create(&path)?;
         cgroup.apply(&resources, true)?;
         let entry = cgroup.entry_files()?;

@@ -29,6 +29,8 @@ use crate::task::{blocking, hooks};
 
 /// How long a killed CT may take until lxc-start has ended.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
+/// A killed holder of a pod's namespaces ends within a millisecond.
+const HOLDER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The stop hook needs a few milliseconds; containerd gives a `delete` 5 s in all.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(1);
 /// What a `delete` can spare of its 5 s for the end of lxc-start.
@@ -70,7 +72,7 @@ pub async fn teardown(
         }
     }
     if record.holder {
-        end_pod_sandbox(dir, record).await?;
+        end_pod_sandbox(dir, record, id).await?;
     }
     let mounted = record.rootfs();
     blocking(move || Ok(rootfs::unmount(&mounted)?)).await?;
@@ -82,10 +84,26 @@ pub async fn teardown(
 }
 
 /// Ends the holder of a pod's namespaces, and unmounts what the pod shares.
-async fn end_pod_sandbox(dir: &RunDir, record: &Record) -> Result<()> {
+///
+/// The cgroup is removed but not emptied by force: a client has chosen its path, and only the holder
+/// in it is ours.
+async fn end_pod_sandbox(dir: &RunDir, record: &Record, id: &str) -> Result<()> {
+    let holder = record.init.and_then(ProcessId::open);
     kill(record, Duration::ZERO).await?;
+    if let Some(holder) = holder {
+        let watched = sys::watch(holder)
+            .map_err(|source| Error::Io { action: "watch the holder", source })?;
+        if tokio::time::timeout(HOLDER_TIMEOUT, exit::ended(&watched)).await.is_err() {
+            return Err(Error::SandboxPrecondition { id: id.to_owned(), reason: "does not end" });
+        }
+    }
+    // A holder that came into being just before a failure is in no record. It ends by itself, as
+    // nobody tells it to go on.
     if let Some(container) = record.cgroups.first() {
-        Cgroup::at(container)?.kill_all().await?;
+        let (cgroup, deadline) = (Cgroup::at(container)?, Instant::now() + HOLDER_TIMEOUT);
+        while !cgroup.pids()?.is_empty() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         remove_cgroups(record.cgroups.clone()).await?;
     }
     let mounted = [dir.shm(), dir.etc()];

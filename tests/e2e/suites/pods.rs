@@ -31,6 +31,7 @@ cases!("pods":
     an_end_that_no_shim_saw_is_known,
     members_share_the_user_namespace_of_the_sandbox,
     a_sandbox_that_is_given_up_leaves_nothing,
+    a_sandbox_never_ends_who_was_in_its_cgroup,
     hooks_of_a_sandbox_run,
     proxmox_shows_the_pods_names,
     hostile_names_stay_in_their_places,
@@ -692,6 +693,26 @@ fn a_sandbox_that_is_given_up_leaves_nothing(t: &Test) {
     assert!(!process::is_alive(holder));
     shim.finish();
     driver.remove_bundle(&id);
+}
+
+fn a_sandbox_never_ends_who_was_in_its_cgroup(t: &Test) {
+    let driver = t.driver();
+    let (one, id) = (t.id("one"), t.id("pod"));
+    let other = driver.start(&one, &driver.spec(&one, &IDLE));
+    let pid = other.create(&Stdio3::default()).expect("create");
+    other.start("").expect("start");
+    let network = Netns::new();
+    let mut spec = sandbox_spec(&driver, &id, &network.path());
+    spec["linux"]["cgroupsPath"] = json!(format!("/{}/{one}", t.node.namespace));
+    let shim = driver.start(&id, &spec);
+    let refusal = shim.create(&Stdio3::default()).expect_err("it is in use");
+    assert!(refusal.message.contains("still has process"), "{refusal:?}");
+    shim.finish();
+    driver.remove_bundle(&id);
+    assert!(process::is_alive(pid), "the other container was killed");
+    assert_eq!(exec(t, &other, "alive", "echo alive"), (0, "alive".to_owned()));
+    other.finish();
+    driver.remove_bundle(&one);
 }
 
 fn hooks_of_a_sandbox_run(t: &Test) {

@@ -46,8 +46,9 @@ fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
 /// Source: `SocketAddress` in containerd's `pkg/shim`.
 pub(super) fn path(dir: &Path, address: &str, namespace: &str, grouping: &str) -> PathBuf {
     use std::fmt::Write as _;
-    let name = Path::new(address).join(namespace).join(grouping);
-    let digest = Sha256::digest(name.as_os_str().as_encoded_bytes());
+    // Not Path::join, for which a group that begins with a slash would be a path of its own: one shim
+    // for all namespaces.
+    let digest = Sha256::digest(format!("{address}/{namespace}/{grouping}"));
     let mut hex = String::with_capacity(64);
     for byte in digest {
         // Writing to a String does not fail.
@@ -175,6 +176,9 @@ mod tests {
                 "/run/containerd/s/d25aa4ef11a84e954e74a5bcff06557d0b6ea8d0c00243896f29826694bbd888"
             )
         );
+        let of = |namespace, group| path(Path::new("/x"), "/run/c.sock", namespace, group);
+        assert_ne!(of("one", "/pod"), of("two", "/pod"), "a group is one of its namespace");
+        assert_ne!(of("one", "../two/pod"), of("two", "pod"));
         let elsewhere = path(Path::new("/x/"), "/run/containerd/containerd.sock", "default", "c1");
         assert!(elsewhere.starts_with("/x"));
         assert!(to_address(&elsewhere).starts_with("unix:///x/"));

@@ -838,21 +838,12 @@ async fn signal_all(ct: &RunningCt, signal: i32) -> Result<()> {
         let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
         return Ok(ct.cgroup.kill_all().await?);
     }
-    let (cgroup, init) = (ct.cgroup.clone(), ct.pid);
-    let pids = blocking(move || Ok(cgroup.pids()?)).await?;
-    if !pids.contains(&init.unsigned_abs()) {
+    let cgroup = ct.cgroup.clone();
+    let reached = blocking(move || Ok(cgroup.signal_all(signal)?)).await?;
+    if !reached.contains(&ct.pid.unsigned_abs()) {
         let _ = pidfd::send_signal(ct.pidfd.as_fd(), signal);
     }
-    blocking(move || {
-        for pid in pids {
-            // One that has ended meanwhile does not matter.
-            if let Ok(process) = pidfd::open(pid as i32) {
-                let _ = pidfd::send_signal(process.as_fd(), signal);
-            }
-        }
-        Ok(())
-    })
-    .await
+    Ok(())
 }
 
 /// Reaps a child of the shim, even if nobody waits for its status any more: the end of a pid

@@ -139,7 +139,7 @@ impl Cgroup {
             collect(place, &mut pids)?;
         }
         for &pid in &pids {
-            self.kill(pid);
+            self.signal(pid, libc::SIGKILL);
         }
         if self.freezer().is_ok_and(|(place, version)| {
             version == Version::V1
@@ -150,15 +150,27 @@ impl Cgroup {
         Ok(pids.into_iter().collect())
     }
 
+    /// Sends a signal to all there are at this moment and returns who that was.
+    ///
+    /// # Errors
+    /// As [`Self::pids`].
+    pub fn signal_all(&self, signal: i32) -> Result<Vec<u32>, Error> {
+        let pids = self.pids()?;
+        for &pid in &pids {
+            self.signal(pid, signal);
+        }
+        Ok(pids)
+    }
+
     /// The pid may have been reused since it was read from the cgroup; with a pidfd open, membership
     /// is known to be that of the process that gets the signal.
-    fn kill(&self, pid: u32) {
+    pub(super) fn signal(&self, pid: u32, signal: i32) {
         let Ok(number) = i32::try_from(pid) else { return };
         let Ok(process) = pidfd::open(number) else { return };
         let Ok(membership) = Membership::of(&pid.to_string()) else { return };
         if self.contains(&membership) {
             // It may have ended: then all is well.
-            let _ = pidfd::send_signal(process.as_fd(), libc::SIGKILL);
+            let _ = pidfd::send_signal(process.as_fd(), signal);
         }
     }
 

@@ -218,6 +218,28 @@ async fn killing_ends_everybody_even_if_frozen() {
     }
 }
 
+/// As a pid that was reused after it had been read from the cgroup would be.
+#[test]
+fn who_is_not_in_the_cgroup_gets_no_signal() {
+    let Some(mut live) = Live::new() else { return };
+    live.run("sleep 100");
+    let cgroup = live.cgroup();
+    let sleep = || std::process::Command::new("/bin/sleep").arg("100").spawn().unwrap();
+    let mut stranger = sleep();
+    cgroup.signal(stranger.id(), libc::SIGKILL);
+    let all = cgroup.signal_all(libc::SIGKILL).unwrap();
+    assert!(!all.is_empty() && !all.contains(&stranger.id()));
+    live.children.pop().unwrap().wait().unwrap();
+    // Of two signals the first would tell how it ended.
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(stranger.id() as i32),
+        nix::sys::signal::SIGTERM,
+    )
+    .unwrap();
+    let status = stranger.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGTERM));
+}
+
 #[tokio::test]
 async fn killing_a_ct_that_is_gone_is_done() {
     let cgroup = Cgroup::at("shim-test-gone/1").unwrap();

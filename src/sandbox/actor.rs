@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::libc;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::ledger::{Record, RunDir};
 use crate::lxc::cgroup::Cgroup;
@@ -24,6 +25,7 @@ use crate::sandbox::spec::{self, Network};
 use crate::task::container::{self, signal_one};
 use crate::task::create::make_run_dir;
 use crate::task::error::{Error, Result, sentence};
+use crate::task::phase::Phase;
 use crate::task::registry::Registry;
 use crate::task::view::INIT;
 use crate::task::{Environment, blocking, teardown};
@@ -32,7 +34,7 @@ use crate::task::{Environment, blocking, teardown};
 const SHARED_MEMORY: u64 = 64 << 20;
 /// The holder ends within a millisecond of being asked to.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
-/// A killed container's output is waited for at most this long.
+/// A killed container and its output, or a creation that is undone, are waited for at most this long.
 const EXIT_LIMIT: Duration = Duration::from_secs(15);
 /// Calls that may wait for their turn.
 const INBOX: usize = 16;
@@ -263,17 +265,13 @@ impl Actor {
     /// Ends the holder, and the containers that are left of the pod. May be repeated.
     async fn stop(&mut self, id: &str) -> Result<()> {
         self.check(id)?;
-        for container in self.containers.all() {
-            let kill = |reply| container::Command::Kill {
-                exec_id: INIT.to_owned(),
-                signal: libc::SIGKILL,
-                all: true,
-                reply,
-            };
-            // One that has ended, or that is being created and will find no sandbox to join.
-            if let Err(error) = container.ask(kill).await {
-                log::debug!("stop the pod's containers: {}", sentence(&error));
-            }
+        // From here on nothing can join it.
+        self.env.sandbox.set(State::NotRunning);
+        let mut ending: JoinSet<()> = self.containers.all().into_iter().map(end).collect();
+        let all = async { while ending.join_next().await.is_some() {} };
+        if tokio::time::timeout(EXIT_LIMIT, all).await.is_err() {
+            log::warn!("a container of the pod does not end within {} s", EXIT_LIMIT.as_secs());
+            // What it was asked to do goes on.
         }
         let Some(sandbox) = &mut self.sandbox else { return Ok(()) };
         sandbox.waiting = None;
@@ -331,6 +329,23 @@ impl Actor {
     async fn tear_down(&self, dir: &RunDir, record: &Record, id: &str) -> Result<()> {
         let limit = self.env.config.proxmox.task_timeout;
         teardown::teardown(&self.env.pve, dir, record, id, limit).await
+    }
+}
+
+/// Kills a container, or gives up its creation, so that nobody can start it any more.
+async fn end(container: container::Handle) {
+    let is_created =
+        container.view.borrow().process(INIT).is_some_and(|p| p.phase != Phase::Creating);
+    let ended = if is_created {
+        let (exec_id, signal) = (INIT.to_owned(), libc::SIGKILL);
+        let kill = |reply| container::Command::Kill { exec_id, signal, all: true, reply };
+        container.ask(kill).await
+    } else {
+        let delete = |reply| container::Command::Delete { exec_id: INIT.to_owned(), reply };
+        container.ask(delete).await.map(drop)
+    };
+    if let Err(error) = ended {
+        log::debug!("end a container of the pod: {}", sentence(&error));
     }
 }
 

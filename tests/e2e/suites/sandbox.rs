@@ -17,6 +17,7 @@ cases!("sandbox":; proxmox:
     a_sandbox_lives_and_ends,
     members_share_what_they_ask_for,
     stopping_ends_the_pod,
+    stopping_gives_up_what_is_being_created,
     a_delete_ends_a_shim_that_lives,
     states_that_do_not_allow_it_are_refused,
     what_cannot_be_had_is_refused_and_leaves_nothing,
@@ -262,6 +263,35 @@ fn stopping_ends_the_pod(t: &Test) {
     // Nobody deletes it: the end of the sandbox is the end of its containers.
     sandbox.finish(&driver);
     driver.events.wait("the member's deletion", |event| event.topic == "/tasks/delete");
+    driver.remove_bundle(&id);
+}
+
+fn stopping_gives_up_what_is_being_created(t: &Test) {
+    let driver = t.driver();
+    let network = Netns::new();
+    let sandbox = start(&driver, &t.id("pod"));
+    sandbox.run(&network.path());
+    let id = t.id("member");
+    let mut spec = driver.spec(&id, &IDLE);
+    spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
+    let marker = t.file("hook");
+    let script = format!("touch {marker}; exec sleep 1000");
+    spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let member = driver.join(&id, &spec, &sandbox.shim);
+    let creating = std::thread::spawn({
+        let member = member.clone();
+        move || member.create(&Stdio3::default())
+    });
+    eventually("its hook runs", Duration::from_secs(10), || {
+        fs::exists(&marker).ok()?.then_some(())
+    });
+    sandbox.stop().expect("stop");
+    let refusal = creating.join().expect("the thread ends").expect_err("it was given up");
+    assert!(refusal.message.contains("was given up"), "{refusal:?}");
+    assert_eq!(t.node.pve().vmid_of(&id), None);
+    let late = driver.join(&id, &spec, &sandbox.shim);
+    refused(late.create(&Stdio3::default()), "FailedPrecondition", "sandbox is not running");
+    sandbox.finish(&driver);
     driver.remove_bundle(&id);
 }
 

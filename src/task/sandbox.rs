@@ -80,7 +80,7 @@ impl Actor {
                             Err(error) => answer(reply, Err(error)),
                         }
                     }
-                    Some(command) => self.command(&mut sandbox, command).await,
+                    Some(command) => self.command(&mut sandbox, command, &mut inbox).await,
                     None => return,
                 },
             }
@@ -190,20 +190,20 @@ impl Actor {
         self.publish_view(Some(sandbox));
     }
 
-    async fn command(&mut self, sandbox: &mut Sandbox, command: Command) {
+    async fn command(
+        &mut self,
+        sandbox: &mut Sandbox,
+        command: Command,
+        inbox: &mut mpsc::Receiver<Command>,
+    ) {
         match command {
             Command::Start { exec_id, reply } if exec_id == INIT => {
-                let result = self.start(sandbox).await;
+                let result = self.start(sandbox, inbox).await;
                 self.publish_view(Some(sandbox));
                 answer(reply, result);
             }
-            Command::Kill { exec_id, signal, all, reply } if exec_id == INIT => {
-                let result = match (self.phase.is_alive(), all && signal == libc::SIGKILL) {
-                    (false, _) => Err(Error::Finished),
-                    (true, false) => signal_one(sandbox.pod.holder.pidfd(), signal),
-                    (true, true) => sandbox.pod.cgroup.kill_all().await.map_err(Error::from),
-                };
-                answer(reply, result);
+            Command::Kill { exec_id, signal, all: _, reply } if exec_id == INIT => {
+                answer(reply, self.kill(&sandbox.pod, signal));
             }
             Command::CloseIo { exec_id, reply } if exec_id == INIT => {
                 sandbox.stdio.close_stdin();
@@ -218,20 +218,53 @@ impl Actor {
         }
     }
 
-    async fn start(&mut self, sandbox: &mut Sandbox) -> Result<u32> {
+    /// The holder is the only process there is.
+    fn kill(&self, pod: &Pod, signal: i32) -> Result<()> {
+        if self.phase.is_alive() {
+            signal_one(pod.holder.pidfd(), signal)
+        } else {
+            Err(Error::Finished)
+        }
+    }
+
+    async fn start(
+        &mut self,
+        sandbox: &mut Sandbox,
+        inbox: &mut mpsc::Receiver<Command>,
+    ) -> Result<u32> {
         self.advance(Phase::Starting)?;
         let Some(waiting) = sandbox.waiting.take() else {
             return Err(self.precondition("has no holder that waits for its start"));
         };
         let id = pid(sandbox);
-        let started = async {
-            waiting.go().await.map_err(pod::Error::from)?;
-            let state =
-                state(&sandbox.plan, &self.request, "running", Some(sandbox.pod.holder.pid));
-            hooks::run("poststart", &sandbox.plan.hooks.poststart, &state).await?;
-            Ok::<_, Error>(())
+        let started = {
+            let Sandbox { pod, plan, .. } = &*sandbox;
+            let starting = async {
+                waiting.go().await.map_err(pod::Error::from)?;
+                let state = state(plan, &self.request, "running", Some(pod.holder.pid));
+                hooks::run("poststart", &plan.hooks.poststart, &state).await?;
+                Ok::<_, Error>(())
+            };
+            let ended = pod.holder.ended();
+            tokio::pin!(starting, ended);
+            loop {
+                tokio::select! {
+                    biased;
+                    result = &mut starting => break result,
+                    // A hook may take any time, and only matters to a sandbox that lives.
+                    _ = &mut ended => {
+                        break Err(self.precondition("has ended while it was being started"));
+                    }
+                    Some(command) = inbox.recv() => match command {
+                        Command::Kill { exec_id, signal, all: _, reply } if exec_id == INIT => {
+                            answer(reply, self.kill(pod, signal));
+                        }
+                        command => refuse(command, || self.precondition("is being started")),
+                    },
+                }
+            }
         };
-        if let Err(error) = started.await {
+        if let Err(error) = started {
             // A delete may follow at once, and must find it ended.
             let _ = signal_one(sandbox.pod.holder.pidfd(), libc::SIGKILL);
             let exit = sandbox.pod.holder.ended().await;

@@ -33,6 +33,7 @@ cases!("pods":
     a_sandbox_that_is_given_up_leaves_nothing,
     a_sandbox_never_ends_who_was_in_its_cgroup,
     hooks_of_a_sandbox_run,
+    a_sandbox_whose_hook_hangs_can_be_killed,
     proxmox_shows_the_pods_names,
     hostile_names_stay_in_their_places,
 );
@@ -746,6 +747,33 @@ fn hooks_of_a_sandbox_run(t: &Test) {
         );
         assert!(name == "poststop" || line.contains(&format!("\"pid\":{pid},")), "{line}");
     }
+    driver.remove_bundle(&id);
+}
+
+fn a_sandbox_whose_hook_hangs_can_be_killed(t: &Test) {
+    let driver = t.driver();
+    let network = Netns::new();
+    let id = t.id("pod");
+    let mut spec = sandbox_spec(&driver, &id, &network.path());
+    let marker = t.file("hook");
+    let script = format!("touch {marker}; exec sleep 1000");
+    spec["hooks"] = json!({"poststart": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let shim = driver.start(&id, &spec);
+    shim.create(&Stdio3::default()).expect("create");
+    let starting = {
+        let shim = shim.clone();
+        std::thread::spawn(move || shim.start(""))
+    };
+    eventually("its hook runs", Duration::from_secs(10), || {
+        Path::new(&marker).exists().then_some(())
+    });
+    refused(shim.delete(""), "FailedPrecondition", "is being started");
+    shim.kill("", 9, false).expect("kill");
+    assert_eq!(shim.wait("").expect("wait").exit_status, 137);
+    let refusal = starting.join().expect("the thread ends");
+    refused(refusal, "FailedPrecondition", "has ended while it was being started");
+    assert_eq!(shim.delete("").expect("delete").exit_status, 137);
+    shim.finish();
     driver.remove_bundle(&id);
 }
 

@@ -24,6 +24,11 @@ pub enum Error {
     /// The bundle's specification is not an object.
     #[error("config.json of the sandbox: {reason}")]
     Bundle { reason: String },
+    /// The pod would silently be on the node's network.
+    #[error(
+        "netns_path: is empty, but linux.security_context.namespace_options.network is not NODE"
+    )]
+    NoNetwork,
     /// Something that can't be had.
     #[error(
         "linux.security_context.namespace_options.userns_options.mode: {0} is neither POD nor NODE"
@@ -141,7 +146,10 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
         Some(Value::Object(spec)) => spec.clone(),
         Some(_) => return Err(Error::Bundle { reason: "is not an object".to_owned() }),
     };
-    let config = pod_sandbox_config(request.options)?.unwrap_or(Fields(Vec::new()));
+    let config = pod_sandbox_config(request.options)?;
+    // Who says nothing of the pod says so by the empty path.
+    let names_the_network = config.is_some();
+    let config = config.unwrap_or(Fields(Vec::new()));
     let linux = config.message(8)?;
     let security = linux.message(2)?;
     let modes = security.message(1)?;
@@ -164,6 +172,9 @@ pub fn of_pause_container(request: &Request<'_>) -> Result<Value, Error> {
     }
     // As CRI does: a pod on the node's network has the node's name.
     let host_network = modes.number(1) == NODE;
+    if names_the_network && !host_network && request.network.is_none() {
+        return Err(Error::NoNetwork);
+    }
     if !host_network {
         namespaces.push(json!({"type": "uts"}));
         if let Some(hostname) = config.text(2)? {
@@ -311,12 +322,13 @@ mod tests {
     #[test]
     fn a_pod_may_have_its_own_ids() {
         let mapping = [1 << 3, 100, 2 << 3, 0, 3 << 3, 10];
-        let spec = of(&with_users(&[bytes(2, &mapping), bytes(3, &mapping)].concat()), None);
-        assert_eq!(kinds(&spec), ["mount", "user", "uts", "pid", "ipc"]);
+        let users = with_users(&[bytes(2, &mapping), bytes(3, &mapping)].concat());
+        let spec = of(&users, Some(Network::New));
+        assert_eq!(kinds(&spec), ["mount", "user", "network", "uts", "pid", "ipc"]);
         let mapping = json!([{"hostID": 100, "containerID": 0, "size": 10}]);
         assert_eq!([&spec["linux"]["uidMappings"], &spec["linux"]["gidMappings"]], [&mapping; 2]);
-        let node = of(&with_users(&[1 << 3, 2]), None);
-        assert_eq!(kinds(&node), ["mount", "uts", "pid", "ipc"]);
+        let node = of(&with_users(&[1 << 3, 2]), Some(Network::New));
+        assert_eq!(kinds(&node), ["mount", "network", "uts", "pid", "ipc"]);
         assert!(node["linux"].get("uidMappings").is_none());
     }
 
@@ -350,6 +362,7 @@ mod tests {
         };
         assert_eq!(refused(&[0xff]), Error::Malformed);
         assert_eq!(refused(&with_users(&[1 << 3, 1])), Error::UserNamespace(1));
+        assert_eq!(refused(&bytes(2, b"web-0")), Error::NoNetwork);
     }
 
     #[test]

@@ -324,8 +324,9 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
     refused(sandbox.create("/etc/passwd"), "InvalidArgument", "/etc/passwd\": is not a network");
     let uts = format!("/proc/{}/ns/uts", std::process::id());
     refused(sandbox.create(&uts), "InvalidArgument", "ns/uts\": is not a network");
-    let options = |value: &[u8]| {
+    let options = |value: &[u8], network: &str| {
         let mut request = api::CreateSandboxRequest {
+            netns_path: network.to_owned(),
             sandbox_id: sandbox.shim.id.clone(),
             bundle_path: sandbox.shim.bundle.display().to_string(),
             ..Default::default()
@@ -335,12 +336,16 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
         any.value = value.to_vec();
         sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request)
     };
-    refused(options(&[0xff]), "InvalidArgument", "not a runtime.v1.PodSandboxConfig");
+    let netns = Netns::new();
+    let network = netns.path();
+    refused(options(&[0xff], &network), "InvalidArgument", "not a runtime.v1.PodSandboxConfig");
     // hostUsers: false, without ids, and an unknown mode.
     let users = [0x42, 6, 0x12, 4, 0x0a, 2, 0x2a, 0];
-    refused(options(&users), "InvalidArgument", "linux.gidMappings are missing");
+    refused(options(&users, &network), "InvalidArgument", "linux.gidMappings are missing");
     let mode = [0x42, 8, 0x12, 6, 0x0a, 4, 0x2a, 2, 8, 1];
-    refused(options(&mode), "InvalidArgument", "userns_options");
+    refused(options(&mode, &network), "InvalidArgument", "userns_options");
+    // Never the node's network for a pod that did not ask for it.
+    refused(options(&[0x12, 1, b'x'], ""), "InvalidArgument", "netns_path: is empty");
     let mut request = api::CreateSandboxRequest::new();
     request.sandbox_id = "../x".to_owned();
     let created = sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request);

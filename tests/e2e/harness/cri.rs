@@ -1,5 +1,6 @@
 //! containerd's CRI plugin and a client of it, in place of the kubelet.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -10,15 +11,16 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
     AttachRequest, Capability, CdiDevice, ContainerConfig, ContainerMetadata, ContainerState,
-    ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CpuUsage,
+    ContainerStats, ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CpuUsage,
     CreateContainerRequest, Device, DnsConfig, ExecRequest, ExecSyncRequest, IdMapping, ImageSpec,
     Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, MemoryUsage, Mount,
-    MountPropagation, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, PortForwardRequest,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest,
+    ListPodSandboxRequest, ListPodSandboxStatsRequest, MemoryUsage, Mount, MountPropagation,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
+    PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest, PortForwardRequest,
     PortMapping, RemoveContainerRequest, RemovePodSandboxRequest, ReopenContainerLogRequest,
     RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StatusRequest,
-    StopContainerRequest, StopPodSandboxRequest, SupplementalGroupsPolicy,
+    StopContainerRequest, StopPodSandboxRequest, SupplementalGroupsPolicy, UInt64Value,
     UpdateContainerResourcesRequest, UserNamespace, VersionRequest,
 };
 use prost::Message as _;
@@ -317,6 +319,8 @@ pub struct Container {
     pub memory: Option<i64>,
     pub cpu_quota: Option<i64>,
     pub cpu_shares: Option<i64>,
+    /// Of processors.
+    pub cpuset: &'static str,
     pub user: Option<(i64, i64)>,
     pub groups: Vec<i64>,
     /// Not those that the image gives the user.
@@ -353,6 +357,7 @@ impl Container {
             cpu_quota: self.cpu_quota.unwrap_or_default(),
             cpu_shares: self.cpu_shares.unwrap_or_default(),
             memory_limit_in_bytes: self.memory.unwrap_or_default(),
+            cpuset_cpus: self.cpuset.to_owned(),
             ..LinuxContainerResources::default()
         }
     }
@@ -647,6 +652,13 @@ impl Cri<'_> {
             .unwrap_or_else(|| panic!("{id} has no task: {list}"))
     }
 
+    /// The host's pids of all processes of a container.
+    #[track_caller]
+    pub fn pids(&self, id: &str) -> Vec<u32> {
+        let list = self.node.ctr(&["tasks", "ps", id]).ok().text();
+        list.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
+    }
+
     pub fn try_exec(&self, id: &str, command: &[&str], seconds: i64) -> Result<Executed, Failure> {
         let request =
             ExecSyncRequest { container_id: id.to_owned(), cmd: words(command), timeout: seconds };
@@ -674,12 +686,16 @@ impl Cri<'_> {
 
     #[track_caller]
     pub fn update(&self, id: &str, resources: &Container) {
+        self.try_update(id, resources).unwrap_or_else(|failure| panic!("update: {failure:?}"));
+    }
+
+    pub fn try_update(&self, id: &str, resources: &Container) -> Result<(), Failure> {
         let request = UpdateContainerResourcesRequest {
             container_id: id.to_owned(),
             linux: Some(resources.resources()),
             ..UpdateContainerResourcesRequest::default()
         };
-        self.ok(async |mut cri| cri.update_container_resources(request).await);
+        self.call(async |mut cri| cri.update_container_resources(request).await).map(drop)
     }
 
     #[track_caller]
@@ -688,22 +704,42 @@ impl Cri<'_> {
         self.ok(async |mut cri| cri.reopen_container_log(request).await);
     }
 
-    /// Nanoseconds of CPU time, and bytes of the working set.
     #[track_caller]
-    pub fn stats(&self, id: &str) -> (u64, u64) {
+    pub fn stats(&self, id: &str) -> Figures {
         let request = ContainerStatsRequest { container_id: id.to_owned() };
         let reply = self.ok(async |mut cri| cri.container_stats(request).await);
         let stats = reply.stats.expect("figures");
-        figures(stats.cpu, stats.memory)
+        Figures::of(stats.cpu, stats.memory)
     }
 
-    /// The same of a pod.
+    /// Those of all containers, by their ids.
     #[track_caller]
-    pub fn pod_stats(&self, id: &str) -> (u64, u64) {
+    pub fn all_stats(&self) -> BTreeMap<String, Figures> {
+        let request = ListContainerStatsRequest::default();
+        let reply = self.ok(async |mut cri| cri.list_container_stats(request).await);
+        by_container(reply.stats)
+    }
+
+    #[track_caller]
+    pub fn pod_stats(&self, id: &str) -> PodFigures {
         let request = PodSandboxStatsRequest { pod_sandbox_id: id.to_owned() };
         let reply = self.ok(async |mut cri| cri.pod_sandbox_stats(request).await);
+        let listed = self.ok(async |mut cri| {
+            cri.list_pod_sandbox_stats(ListPodSandboxStatsRequest::default()).await
+        });
+        let is_this = |stats: &PodSandboxStats| {
+            stats.attributes.as_ref().is_some_and(|attributes| attributes.id == id)
+        };
+        assert!(listed.stats.iter().any(is_this), "it is not among all pods");
         let linux = reply.stats.and_then(|stats| stats.linux).expect("figures of Linux");
-        figures(linux.cpu, linux.memory)
+        let interface = linux.network.and_then(|network| network.default_interface);
+        let interface = interface.unwrap_or_default();
+        PodFigures {
+            all: Figures::of(linux.cpu, linux.memory),
+            processes: value(linux.process.and_then(|process| process.process_count)),
+            received: (interface.name, value(interface.rx_bytes)),
+            containers: by_container(linux.containers),
+        }
     }
 
     /// Whether CRI tells the kubelet of recursive read-only mounts and user namespaces.
@@ -729,8 +765,42 @@ impl Cri<'_> {
     }
 }
 
-fn figures(cpu: Option<CpuUsage>, memory: Option<MemoryUsage>) -> (u64, u64) {
-    let time = cpu.and_then(|cpu| cpu.usage_core_nano_seconds);
-    let used = memory.and_then(|memory| memory.working_set_bytes);
-    (time.map_or(0, |time| time.value), used.map_or(0, |used| used.value))
+/// What a container or pod uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figures {
+    /// Nanoseconds of processor time.
+    pub cpu: u64,
+    /// Bytes of the working set, by which the kubelet evicts.
+    pub memory: u64,
+}
+
+/// What a pod uses.
+#[derive(Debug)]
+pub struct PodFigures {
+    pub all: Figures,
+    pub processes: u64,
+    /// The name of its interface, and bytes.
+    pub received: (String, u64),
+    pub containers: BTreeMap<String, Figures>,
+}
+
+impl Figures {
+    fn of(cpu: Option<CpuUsage>, memory: Option<MemoryUsage>) -> Figures {
+        Figures {
+            cpu: value(cpu.and_then(|cpu| cpu.usage_core_nano_seconds)),
+            memory: value(memory.and_then(|memory| memory.working_set_bytes)),
+        }
+    }
+}
+
+fn value(figure: Option<UInt64Value>) -> u64 {
+    figure.map_or(0, |figure| figure.value)
+}
+
+fn by_container(all: Vec<ContainerStats>) -> BTreeMap<String, Figures> {
+    let figures = |stats: ContainerStats| {
+        let id = stats.attributes.map(|attributes| attributes.id).unwrap_or_default();
+        (id, Figures::of(stats.cpu, stats.memory))
+    };
+    all.into_iter().map(figures).collect()
 }

@@ -133,6 +133,8 @@ fn a_pod_runs_and_goes(t: &Test) {
     assert!(address.starts_with("10."), "{address}");
     assert_eq!(t.node.pve().vmid_of(&id), None, "the sandbox is no CT");
 
+    // To CRI a restartable init container is one that was started first and goes on.
+    let sidecar = cri.run(&id, &pod, &Container::idle("sidecar"));
     // An init container runs to its end first.
     let init = cri.run(&id, &pod, &Container::new("init", &["sh", "-c", "echo done; exit 0"]));
     eventually("the init container has ended", Duration::from_secs(20), || {
@@ -140,6 +142,7 @@ fn a_pod_runs_and_goes(t: &Test) {
     });
     let status = cri.status(&init);
     assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
+    assert!(cri.is_running(&sidecar), "the end of another ended it");
 
     let server = "while :; do nc -l -p 8080 -e echo hello from $HOSTNAME; done";
     let server = cri.run(&id, &pod, &Container::new("server", &["sh", "-c", server]));
@@ -195,6 +198,10 @@ fn a_pod_runs_and_goes(t: &Test) {
     cri.stop(&client, 5);
     assert_eq!(cri.status(&client).exit_code, 0, "SIGTERM came first");
     cri.stop(&server, 1);
+    // The kubelet stops it after all others.
+    assert_eq!(cri.output(&sidecar, "hostname"), "web-0");
+    cri.stop(&sidecar, 5);
+    assert_eq!(cri.status(&sidecar).exit_code, 0, "SIGTERM came first");
     cri.stop_pod(&id);
     assert!(!cri.pod_status(&id).0, "it is stopped");
     cri.stop_pod(&id);
@@ -252,10 +259,12 @@ fn processes_are_executed_attached_and_forwarded_to(t: &Test) {
         (executed.stdout.as_str(), executed.stderr.as_str(), executed.status),
         ("out\n", "err\n", 5)
     );
-    // A probe that takes too long is killed with its children.
-    let slow = cri.try_exec(&idle, &["sh", "-c", "sleep 4321 & wait"], 1);
+    // A probe that takes too long is killed: as with runc the one process, not what it has started.
+    let slow = cri.try_exec(&idle, &["sh", "-c", "sleep 4322 & exec sleep 4321"], 1);
     let failure = slow.expect_err("it takes too long");
     assert!(failure.message.contains("timeout"), "{failure:?}");
+    let left = "ps | grep -c '[s]leep 4321'; ps | grep -c '[s]leep 4322'";
+    assert_eq!(cri.output(&idle, left), "0\n1");
     let missing = cri.try_exec(&idle, &["/nonexistent"], 5).expect_err("there is no such program");
     assert!(missing.message.contains("/nonexistent"), "{missing:?}");
 
@@ -381,23 +390,54 @@ fn resources_are_limited_counted_and_changed(t: &Test) {
     let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("read its cgroups");
     assert!(cgroups.lines().all(|line| line.contains(&place)), "{cgroups}");
 
-    cri.output(&limited, "dd if=/dev/zero of=/dev/null bs=1M count=2000 2>/dev/null; echo");
-    let (cpu, working_set) = cri.stats(&limited);
-    assert!(cpu > 0 && working_set > 0, "{cpu} {working_set}");
+    let before = cri.stats(&limited);
+    // The second is memory until it is removed.
+    cri.output(&limited, "dd if=/dev/zero of=/dev/null bs=1M count=2000 2>/dev/null");
+    cri.output(&limited, "head -c 20971520 /dev/zero > /dev/shm/held");
+    let now = cri.stats(&limited);
+    assert!(now.cpu > before.cpu + 1_000_000, "{before:?} {now:?}");
+    assert!((20 << 20..64 << 20).contains(&now.memory), "{now:?}");
+    assert!(now.memory >= before.memory + (18 << 20), "{before:?} {now:?}");
+    let listed = cri.all_stats()[&limited];
+    assert!(listed.cpu >= now.cpu && listed.memory >= 20 << 20, "{now:?} {listed:?}");
     // 1.6 has no statistics of pods.
     if t.node.setting.version() >= (1, 7) {
-        let (pod_cpu, _) = cri.pod_stats(&id);
-        assert!(pod_cpu > 0, "{pod_cpu}");
+        let pod = cri.pod_stats(&id);
+        let in_it = pod.containers[&limited];
+        assert!(in_it.cpu >= now.cpu && in_it.memory >= 20 << 20, "{now:?} {pod:?}");
+        assert!(pod.all.cpu >= now.cpu && pod.all.memory >= 20 << 20, "{now:?} {pod:?}");
+        // The container's shell and what that waits for.
+        assert_eq!((pod.containers.len(), pod.processes), (1, 2), "{pod:?}");
+        assert_eq!(pod.received.0, "eth0", "{pod:?}");
     }
+    cri.output(&limited, "rm /dev/shm/held");
+
     container.memory = Some(32 << 20);
+    (container.cpu_quota, container.cpu_shares) = (Some(25_000), Some(512));
+    container.cpuset = "1";
     cri.update(&limited, &container);
     assert_eq!(memory(), (32 << 20).to_string());
+    let value = |controller, v1, v2| process::cgroup_value(pid, &limited, controller, v1, v2);
+    let quota = value("cpu", "cpu.cfs_quota_us", "cpu.max");
+    assert_eq!(quota.split_whitespace().next(), Some("25000"));
+    // 512 of 1024 are 20 of 100 on cgroup2, as runc converts them.
+    let weight = value("cpu", "cpu.shares", "cpu.weight");
+    assert!(["512", "20", "59"].contains(&weight.as_str()), "{weight}");
+    let allowed = "grep Cpus_allowed_list: /proc/1/status";
+    assert_eq!(cri.output(&limited, allowed), "Cpus_allowed_list:\t1");
     let vmid = t.node.pve().vmid_of(&limited).expect("it is a CT");
     let shown = {
         let pve = t.node.pve();
         pve.call("GET", &pve.lxc(&format!("/{vmid}/config")), &[])
     };
-    assert_eq!(shown["memory"].to_string().trim_matches('"'), "32");
+    let shown = |key: &str| shown[key].to_string().trim_matches('"').to_owned();
+    assert_eq!((shown("memory"), shown("cpulimit")), ("32".to_owned(), "0.25".to_owned()));
+    // What containerd remembers of it comes back with a restart of the container, not here: a value
+    // that the node does not have changes nothing.
+    container.cpuset = "4000";
+    let refused = cri.try_update(&limited, &container).expect_err("there is no such processor");
+    assert!(refused.message.contains("cpuset"), "{refused:?}");
+    assert_eq!(cri.output(&limited, allowed), "Cpus_allowed_list:\t1");
 
     let mut greedy = Container::new("greedy", &["probe", "eat-memory", "256"]);
     greedy.memory = Some(32 << 20);
@@ -443,8 +483,8 @@ fn pods_are_in_slices_of_systemd(t: &Test) {
     container.memory = Some(32 << 20);
     cri.update(&limited, &container);
     assert_eq!(memory(), Some((32 << 20).to_string()));
-    let (_, working_set) = cri.stats(&limited);
-    assert!(working_set > 0);
+    let figures = cri.stats(&limited);
+    assert!(figures.cpu > 0 && figures.memory > 0, "{figures:?}");
     finish(&cri);
     for name in [&id, &limited] {
         let scope = format!("cri-containerd-{name}.scope");
@@ -825,6 +865,24 @@ fn a_pod_can_be_in_the_nodes_namespaces(t: &Test) {
         assert_eq!(namespace(cri.pid(&host), kind), namespace(std::process::id(), kind), "{kind}");
     }
     assert_eq!(cri.output(&host, "hostname"), cri.output(&host, "cat /proc/sys/kernel/hostname"));
+    // It sees all processes of the node, but only its own are listed, and end with it.
+    let me = std::process::id();
+    cri.output(&host, &format!("test -d /proc/{me}"));
+    let other = cri.run(&id, &pod, &Container { name: "other".to_owned(), ..container.clone() });
+    cri.exec(&host, "sleep 5432 & true");
+    let own = cri.pids(&host);
+    let of_other = cri.pids(&other);
+    assert!(own.len() == 3 && !own.contains(&me), "{own:?}");
+    assert!(own.iter().all(|pid| !of_other.contains(pid)), "{own:?} {of_other:?}");
+    cri.stop(&host, 1);
+    assert!(own.iter().all(|pid| !process::is_alive(*pid)), "{own:?}");
+    assert_eq!(cri.pids(&other), of_other);
+    assert_eq!(cri.output(&other, "echo untouched"), "untouched");
+    // A sysctl of the network would be the node's.
+    pod.name = "unsafe".to_owned();
+    pod.sysctls = vec![("net.ipv4.ip_forward", "1")];
+    let refused = cri.try_run_pod(&pod).expect_err("it is the node's");
+    assert!(refused.message.contains("net.ipv4.ip_forward"), "{refused:?}");
     finish(&cri);
 }
 
@@ -851,8 +909,26 @@ fn namespaces_are_shared_as_asked(t: &Test) {
     let debugger = cri.run(&id, &pod, &container);
     assert_eq!(namespace(cri.pid(&debugger), "pid"), namespace(cri.pid(&target), "pid"));
     assert_eq!(cri.output(&debugger, "ps | grep -c '[s]leep 1000$'"), "2");
+    let (of_target, of_debugger) = (cri.pids(&target), cri.pids(&debugger));
+    assert!(of_debugger.contains(&cri.pid(&debugger)) && of_target.contains(&cri.pid(&target)));
+    assert!(
+        of_target.iter().all(|pid| !of_debugger.contains(pid)),
+        "{of_target:?} {of_debugger:?}"
+    );
     cri.stop(&debugger, 0);
+    assert!(of_debugger.iter().all(|pid| !process::is_alive(*pid)), "{of_debugger:?}");
     assert_eq!(cri.output(&target, "echo untouched"), "untouched");
+    // The processes of a target are those of the debugger's namespace: its end is the end of both.
+    container.name = "second".to_owned();
+    let second = cri.run(&id, &pod, &container);
+    cri.stop(&target, 1);
+    eventually("it ends with its target", Duration::from_secs(10), || {
+        cri.has_exited(&second).then_some(())
+    });
+    assert_eq!(cri.status(&second).exit_code, 137);
+    // And nobody can join what is not there any more.
+    container.name = "late".to_owned();
+    cri.try_create(&id, &pod, &container).expect_err("the target has ended");
     finish(&cri);
 }
 

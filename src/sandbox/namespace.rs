@@ -165,8 +165,12 @@ fn open(kind: Kind, path: &Path) -> Result<File, Error> {
         // What is there might be a FIFO, or a terminal.
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC)
         .open(path);
-    let file = opened.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => Error::Gone { kind, path: path.to_owned() },
+    let file = opened.map_err(|source| match source.raw_os_error() {
+        Some(libc::ENOENT) => Error::Gone { kind, path: path.to_owned() },
+        // No namespace can ever be there.
+        Some(libc::ENAMETOOLONG | libc::ENOTDIR | libc::ELOOP) => {
+            Error::Other { kind, path: path.to_owned() }
+        }
         _ => Error::Open { kind, path: path.to_owned(), source },
     })?;
     match sys::namespace::kind(file.as_fd()) {
@@ -210,6 +214,8 @@ mod tests {
             ("/nonexistent", "is gone: the pod sandbox has ended or its network was removed"),
             ("/proc/0/ns/net", "is gone: the pod sandbox has ended or its network was removed"),
             ("/dev", "is not a network namespace"),
+            ("/etc/passwd/net", "is not a network namespace"),
+            (&"x".repeat(5000), "is not a network namespace"),
         ] {
             let error = joining(path).unwrap_err();
             assert_eq!(error, format!("network namespace {path:?}: {problem}"));

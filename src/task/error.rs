@@ -11,6 +11,9 @@ use crate::sandbox::{member, namespace, pod, spec};
 use crate::task::phase::Illegal;
 use crate::{config, ledger, lxc, oci, pve};
 
+/// Bytes of an error that a client is told; kubelets keep less.
+const SENTENCE_LIMIT: usize = 4096;
+
 /// The result of the task module.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -284,7 +287,20 @@ pub fn sentence(error: &Error) -> String {
         }
         source = cause.source();
     }
-    text
+    bounded(text)
+}
+
+/// What names an object of any length keeps its beginning, and the cause at its end.
+fn bounded(text: String) -> String {
+    if text.len() <= SENTENCE_LIMIT {
+        return text;
+    }
+    let half = SENTENCE_LIMIT / 2;
+    let is_boundary = |at: &usize| text.is_char_boundary(*at);
+    // Both ends of a text are boundaries.
+    let head = (0..=half).rev().find(is_boundary).unwrap_or(0);
+    let tail = (text.len() - half..=text.len()).find(is_boundary).unwrap_or(text.len());
+    format!("{} … {}", &text[..head], &text[tail..])
 }
 
 #[cfg(test)]
@@ -390,6 +406,15 @@ mod tests {
             assert!(!words.is_empty() && !words.contains('\n'), "{words}");
             assert_eq!(Error::from(error).code(), code, "{words}");
         }
+    }
+
+    #[test]
+    fn a_long_object_hides_no_cause() {
+        let source = io::Error::from_raw_os_error(nix::libc::EACCES);
+        let path = PathBuf::from(format!("/{}", "é".repeat(40_000)));
+        let text = sentence(&ledger::Error::Io { action: "read", path, source }.into());
+        assert!(text.len() < SENTENCE_LIMIT + 10 && text.starts_with("read /é"));
+        assert!(text.ends_with("é: Permission denied (os error 13)"));
     }
 
     #[test]

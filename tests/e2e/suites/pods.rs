@@ -247,6 +247,7 @@ fn the_sandbox_holds_the_pods_namespaces_and_is_no_ct(t: &Test) {
     let network = Netns::new();
     let id = t.id("pod");
     let shim = driver.start(&id, &sandbox_spec(&driver, &id, &network.path()));
+    refused(shim.start(""), "NotFound", &id);
     let pid = shim.create(&Stdio3::default()).expect("create");
     assert_eq!(shim.state("").expect("state").status.value(), 1, "created");
     assert_eq!(shim.start("").expect("start"), pid);
@@ -385,6 +386,12 @@ fn the_sandbox_refuses_what_it_cannot_do(t: &Test) {
     shim.finish();
     driver.remove_bundle(&id);
 
+    // Without a network of its own.
+    let with_sysctl = |key: &str| {
+        let linux =
+            json!({"namespaces": [{"type": "mount"}, {"type": "uts"}], "sysctl": {key: "1"}});
+        Some(("linux", linux))
+    };
     for (name, change, field) in [
         ("tty", None, "terminal"),
         (
@@ -393,6 +400,8 @@ fn the_sandbox_refuses_what_it_cannot_do(t: &Test) {
             "startContainer",
         ),
         ("uts", Some(("linux", json!({"namespaces": [{"type": "mount"}]}))), "hostname"),
+        ("sysctl", with_sysctl("net.ipv4.ip_forward"), "net.ipv4.ip_forward"),
+        ("node", with_sysctl("vm.swappiness"), "vm.swappiness"),
         (
             "time",
             Some((

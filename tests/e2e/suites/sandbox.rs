@@ -4,10 +4,12 @@ use std::fs;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_api as api;
+use k8s_cri::v1::{LinuxPodSandboxConfig, PodSandboxConfig};
 use serde_json::{Value, json};
 
-use crate::harness::direct::{Driver, Refusal, Shim, Stdio3};
+use crate::harness::direct::{Driver, Refusal, Shim, Stdio3, code};
 use crate::harness::process::{self, eventually};
 use crate::harness::test::Test;
 use crate::suites::cases;
@@ -21,6 +23,7 @@ cases!("sandbox":; proxmox:
     a_delete_ends_a_shim_that_lives,
     states_that_do_not_allow_it_are_refused,
     what_cannot_be_had_is_refused_and_leaves_nothing,
+    texts_of_any_length_and_kind_stay_texts,
     a_placeholder_needs_a_sandbox,
     an_end_from_outside_is_seen,
 );
@@ -116,6 +119,22 @@ impl Sandbox {
     }
 }
 
+/// Of the figures that containerd knows by these types.
+fn memory_and_processes(figures: &Any) -> (u64, u64) {
+    use containerd_shim_protos::{cgroups, cgroups_v2};
+    match figures.type_url.as_str() {
+        "io.containerd.cgroups.v1.Metrics" => {
+            let all = cgroups::metrics::Metrics::parse_from_bytes(&figures.value).expect("v1");
+            (all.memory.usage.usage, all.pids.current)
+        }
+        "io.containerd.cgroups.v2.Metrics" => {
+            let all = cgroups_v2::metrics::Metrics::parse_from_bytes(&figures.value).expect("v2");
+            (all.memory.usage, all.pids.current)
+        }
+        other => panic!("figures of the type {other:?}"),
+    }
+}
+
 fn seconds(
     time: Option<&containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp>,
 ) -> i64 {
@@ -161,7 +180,10 @@ fn a_sandbox_lives_and_ends(t: &Test) {
     assert!(["amd64", "arm64"].contains(&platform.architecture.as_str()));
     let metrics = sandbox.metrics().expect("metrics").metrics.into_option().expect("figures");
     assert_eq!(metrics.id, sandbox.shim.id);
-    assert!(metrics.data.into_option().expect("data").type_url.contains("cgroups"));
+    // The holder is the only process in it, and uses some memory.
+    let (memory, processes) = memory_and_processes(&metrics.data.into_option().expect("data"));
+    assert!((4 << 10..8 << 20).contains(&memory), "{memory} bytes");
+    assert_eq!(processes, 1);
 
     // Neither Shutdown of the Task service nor its absence of tasks ends it.
     sandbox.shim.shutdown();
@@ -357,6 +379,84 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
     fs::write(&empty, "").expect("create a file");
     let pid = sandbox.run(&empty);
     assert_ne!(namespace(pid, "net"), own_namespace("net"));
+    sandbox.finish(&driver);
+}
+
+fn texts_of_any_length_and_kind_stay_texts(t: &Test) {
+    let driver = t.driver();
+    let network = Netns::new();
+    let id = t.id("pod");
+    let (long, lines) = ("x".repeat(64 << 10), "a\nlxc.hook.start = /bin/sh\r\t\u{7f}\"");
+    // Nothing is done with annotations.
+    let annotations = json!({"a": lines, lines: long, "b": long});
+    let spec = json!({"ociVersion": "1.0.2", "annotations": annotations});
+    let sandbox = Sandbox { shim: driver.start(&id, &spec) };
+    let create = |network: &str, change: &dyn Fn(&mut PodSandboxConfig)| {
+        let mut config = PodSandboxConfig {
+            linux: Some(LinuxPodSandboxConfig::default()),
+            ..PodSandboxConfig::default()
+        };
+        change(&mut config);
+        let mut request = api::CreateSandboxRequest {
+            sandbox_id: id.clone(),
+            bundle_path: sandbox.shim.bundle.display().to_string(),
+            netns_path: network.to_owned(),
+            ..Default::default()
+        };
+        let options = request.options.mut_or_insert_default();
+        options.type_url = "runtime.v1.PodSandboxConfig".to_owned();
+        options.value = prost::Message::encode_to_vec(&config);
+        sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request)
+    };
+    let linux = |config: &mut PodSandboxConfig, cgroup: &str, sysctl: &str| {
+        let linux = config.linux.as_mut().expect("it has one");
+        linux.cgroup_parent = cgroup.to_owned();
+        if !sysctl.is_empty() {
+            linux.sysctls.insert(sysctl.to_owned(), "1".to_owned());
+        }
+    };
+    let path = network.path();
+    for text in [lines, &long] {
+        let refusals = [
+            ("network", create(&format!("/run/netns/{text}"), &|_| ())),
+            ("linux.cgroupsPath", create(&path, &|config| linux(config, &format!("/{text}"), ""))),
+            ("linux.cgroupsPath", create(&path, &|config| linux(config, "/a/../../b", ""))),
+            ("linux.sysctl", create(&path, &|config| linux(config, "", text))),
+        ];
+        for (field, result) in refusals {
+            let refusal = result.expect_err(field);
+            let known = [code("InvalidArgument"), code("FailedPrecondition")];
+            assert!(known.contains(&refusal.code), "{field}: {refusal:?}");
+            assert!(refusal.message.contains(field), "{field}: {refusal:?}");
+            assert!(!refusal.message.contains(char::is_control), "{field}: {refusal:?}");
+            assert!(refusal.message.len() < 8 << 10, "{field}: {} bytes", refusal.message.len());
+        }
+        // The kernel's word: the name is well-formed.
+        let unknown = create(&path, &|config| linux(config, "", &format!("net.{text}")));
+        let message = unknown.expect_err("there is no such sysctl").message;
+        assert!(message.contains("set sysctl \"net."), "{message}");
+        assert!(!message.contains(char::is_control), "{message}");
+    }
+    refused(
+        create(&path, &|config| config.hostname.clone_from(&long)),
+        "InvalidArgument",
+        "hostname",
+    );
+    assert!(!t.node.run_dir().join(&t.node.namespace).join(&id).exists());
+
+    create(&path, &|config| config.hostname = lines.to_owned()).expect("a name may be anything");
+    let pid = sandbox.start().expect("start").pid;
+    let member = sandbox.member(
+        &driver,
+        &t.id("member"),
+        &json!([{"type": "mount"}, {"type": "pid"}, {"type": "uts", "path": "/proc/1/ns/uts"}]),
+    );
+    member.create(&Stdio3::default()).expect("create");
+    member.start("").expect("start");
+    assert_eq!(exec(t, &member, "name", "hostname"), (0, lines.to_owned()));
+    member.remove();
+    driver.remove_bundle(&member.id);
+    assert!(process::is_alive(pid));
     sandbox.finish(&driver);
 }
 

@@ -221,4 +221,21 @@ mod tests {
             assert_eq!(error, format!("network namespace {path:?}: {problem}"));
         }
     }
+
+    #[test]
+    fn another_namespace_than_the_one_that_was_opened_is_told() {
+        let joined = joining("/proc/self/ns/net").unwrap();
+        let mut other = std::process::Command::new("unshare")
+            .args(["--user", "--net", "sh", "-c", "echo; exec sleep 60"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It is in its namespaces when it says something.
+        io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let verified = joined.verify(other.id() as i32);
+        other.kill().unwrap();
+        assert!(matches!(verified, Err(Error::Changed { kind: Kind::Network, .. })));
+        other.wait().unwrap();
+        assert!(matches!(joined.verify(other.id() as i32), Err(Error::Open { .. })));
+    }
 }

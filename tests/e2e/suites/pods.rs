@@ -28,6 +28,7 @@ cases!("pods":
     a_shared_pid_namespace_is_reaped_and_kills_stay_inside,
     a_member_whose_sandbox_is_gone_is_refused,
     a_crash_leaves_no_sandbox,
+    a_crash_leaves_no_process_in_the_pods_pid_namespace,
     an_end_that_no_shim_saw_is_known,
     members_share_the_user_namespace_of_the_sandbox,
     a_sandbox_that_is_given_up_leaves_nothing,
@@ -588,6 +589,13 @@ fn a_crash_leaves_no_sandbox(t: &Test) {
         member.create(&Stdio3::default()).expect("create");
         member.start("").expect("start");
     }
+    // Another pod, whose members must not be taken for those of this one.
+    let (other_id, stays) = (t.id("other"), t.id("stays"));
+    let (other, other_pid) = start_sandbox(&driver, &other_id, &network);
+    let spec = member_spec(&driver, &stays, &other_id, other_pid, &shared);
+    let stays = driver.join(&stays, &spec, &other);
+    stays.create(&Stdio3::default()).expect("create");
+    stays.start("").expect("start");
     sys::kill(t.node.shims(&id)[0], libc::SIGKILL);
     eventually("the shim is gone", Duration::from_secs(5), || {
         t.node.shims(&id).is_empty().then_some(())
@@ -601,9 +609,34 @@ fn a_crash_leaves_no_sandbox(t: &Test) {
         t.node.pve().vmid_of(&unstarted).is_none().then_some(())
     });
     assert_eq!(driver.delete_after_crash(&started).exit_status, 137);
-    for name in [&started, &unstarted, &id] {
+    assert_eq!(exec(t, &stays, "alive", "hostname"), (0, "web-0".to_owned()));
+    stays.remove();
+    other.finish();
+    for name in [&started, &unstarted, &id, &stays.id, &other_id] {
         driver.remove_bundle(name);
     }
+}
+
+fn a_crash_leaves_no_process_in_the_pods_pid_namespace(t: &Test) {
+    let driver = t.driver();
+    let network = Netns::new();
+    let (id, member_id) = (t.id("pod"), t.id("member"));
+    let (shim, pid) = start_sandbox(&driver, &id, &network);
+    let spec = member_spec(&driver, &member_id, &id, pid, &["pid", "ipc", "uts", "network"]);
+    let member = driver.start(&member_id, &spec);
+    member.create(&Stdio3::default()).expect("create");
+    member.start("").expect("start");
+    let processes = eventually("it has a child", Duration::from_secs(5), || {
+        member.pids().ok().filter(|pids| pids.len() == 2)
+    });
+    shim.crash();
+    assert_eq!(driver.delete_after_crash(&member_id).exit_status, 137);
+    assert!(processes.iter().all(|pid| !process::is_alive(*pid)), "{processes:?}");
+    assert!(process::is_alive(pid), "the sandbox is not the member's");
+    assert_eq!(driver.delete_after_crash(&id).exit_status, 137);
+    assert!(!process::is_alive(pid));
+    driver.remove_bundle(&member_id);
+    driver.remove_bundle(&id);
 }
 
 /// `hostUsers: false`, with a new network as containerd 1.7 asks for it, and with one that belongs to a
@@ -646,6 +679,37 @@ fn members_share_the_user_namespace_of_the_sandbox(t: &Test) {
     let other = driver.join(&t.id("other"), &spec, &shim);
     refused(other.create(&Stdio3::default()), "InvalidArgument", "linux.uidMappings");
     driver.remove_bundle(&other.id);
+    // Nor does a sandbox get other ids than those of the network that it is to have.
+    let other = t.id("of-the-network");
+    let network = format!("/proc/{pid}/ns/net");
+    let mut spec = sandbox_spec(&driver, &other, &network);
+    users(&mut spec, json!({"type": "user"}));
+    spec["linux"]["uidMappings"][0]["size"] = json!(1000);
+    spec["process"]["user"]["uid"] = json!(0);
+    let words = "not those of the user namespace that the pod sandbox joins";
+    let refusing = driver.start(&other, &spec);
+    refused(refusing.create(&Stdio3::default()), "InvalidArgument", words);
+    spec["linux"]["uidMappings"][0]["size"] = json!(65_536);
+    refusing.finish();
+    driver.remove_bundle(&other);
+    let same = driver.start(&other, &spec);
+    let same_pid = same.create(&Stdio3::default()).expect("create");
+    for kind in ["user", "net"] {
+        assert_eq!(namespace(same_pid, kind), namespace(pid, kind), "{kind}");
+    }
+    same.finish();
+    driver.remove_bundle(&other);
+    // LXC could not give them to its containers.
+    if Path::new("/usr/bin/newuidmap").exists() {
+        let mut spec = sandbox_spec(&driver, &other, "");
+        users(&mut spec, json!({"type": "user"}));
+        spec["linux"]["uidMappings"][0]["hostID"] = json!(5_000_000);
+        let refusing = driver.start(&other, &spec);
+        let remedy = "add the line \"root:5000000:65536\" to /etc/subuid";
+        refused(refusing.create(&Stdio3::default()), "FailedPrecondition", remedy);
+        refusing.finish();
+        driver.remove_bundle(&other);
+    }
     for name in [&one, &two, &id] {
         let mut member = shim.clone();
         member.id.clone_from(name);

@@ -6,7 +6,10 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_api as api;
-use k8s_cri::v1::{LinuxPodSandboxConfig, PodSandboxConfig};
+use k8s_cri::v1::{
+    IdMapping, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, UserNamespace,
+};
 use serde_json::{Value, json};
 
 use crate::harness::direct::{Driver, Refusal, Shim, Stdio3, code};
@@ -18,6 +21,7 @@ use crate::suites::pods::{IDLE, Netns, exec, namespace, own_namespace, refused};
 cases!("sandbox":; proxmox:
     a_sandbox_lives_and_ends,
     members_share_what_they_ask_for,
+    a_pod_may_have_its_own_ids,
     stopping_ends_the_pod,
     stopping_gives_up_what_is_being_created,
     a_delete_ends_a_shim_that_lives,
@@ -238,6 +242,7 @@ fn members_share_what_they_ask_for(t: &Test) {
     let shm = |member: &Shim, name: &str, script: &str| exec(t, member, name, script).1;
     assert_eq!(shm(&sharing, "write", "echo x > /dev/shm/file; cat /dev/shm/file"), "x");
     assert_eq!(shm(&private, "read", "ls /dev/shm"), "");
+    assert_eq!(shm(&sharing, "look", SHM_OF_A_KUBELET), "0:0 1777\n65536");
     let place = format!("/{}/{}/shm", t.node.namespace, sandbox.shim.id);
     let kept = t.node.run_dir().display().to_string() + &place + "/file";
     assert_eq!(fs::read_to_string(&kept).expect("it is the sandbox's"), "x\n");
@@ -247,6 +252,62 @@ fn members_share_what_they_ask_for(t: &Test) {
     private.remove();
     driver.remove_bundle(&all);
     driver.remove_bundle(&none);
+    sandbox.finish(&driver);
+}
+
+/// Owner and mode, and KiB.
+const SHM_OF_A_KUBELET: &str = "stat -c '%u:%g %a' /dev/shm; df -k /dev/shm | tail -n 1 | { read name size rest; echo $size; }";
+
+fn a_pod_may_have_its_own_ids(t: &Test) {
+    let driver = t.driver();
+    let ids = || IdMapping { host_id: 1_000_000, container_id: 0, length: 65_536 };
+    let users =
+        UserNamespace { mode: NamespaceMode::Pod.into(), uids: vec![ids()], gids: vec![ids()] };
+    let options = NamespaceOption { userns_options: Some(users), ..NamespaceOption::default() };
+    let config = PodSandboxConfig {
+        linux: Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(options),
+                ..LinuxSandboxSecurityContext::default()
+            }),
+            ..LinuxPodSandboxConfig::default()
+        }),
+        ..PodSandboxConfig::default()
+    };
+    let sandbox = start(&driver, &t.id("pod"));
+    // No network, which the sandbox then makes itself.
+    let empty = t.file("empty");
+    fs::write(&empty, "").expect("create a file");
+    let mut request = api::CreateSandboxRequest {
+        sandbox_id: sandbox.shim.id.clone(),
+        bundle_path: sandbox.shim.bundle.display().to_string(),
+        netns_path: empty,
+        ..Default::default()
+    };
+    let any = request.options.mut_or_insert_default();
+    any.type_url = "runtime.v1.PodSandboxConfig".to_owned();
+    any.value = prost::Message::encode_to_vec(&config);
+    sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request).expect("create");
+    let pid = sandbox.start().expect("start").pid;
+    let id = t.id("member");
+    let mut spec = driver.spec(&id, &IDLE);
+    spec["linux"]["namespaces"] = json!([
+        {"type": "mount"}, {"type": "pid"}, {"type": "user", "path": "/proc/1/ns/user"},
+        {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts", "path": "/proc/1/ns/uts"},
+    ]);
+    for field in ["uidMappings", "gidMappings"] {
+        spec["linux"][field] = json!([{"containerID": 0, "hostID": 1_000_000, "size": 65_536}]);
+    }
+    let member = driver.join(&id, &spec, &sandbox.shim);
+    let member_pid = member.create(&Stdio3::default()).expect("create a member");
+    member.start("").expect("start a member");
+    for kind in ["user", "net", "ipc", "uts"] {
+        assert_eq!(namespace(member_pid, kind), namespace(pid, kind), "{kind}");
+        assert_ne!(namespace(member_pid, kind), own_namespace(kind), "{kind}");
+    }
+    assert_eq!(exec(t, &member, "look", SHM_OF_A_KUBELET), (0, "0:0 1777\n65536".to_owned()));
+    member.remove();
+    driver.remove_bundle(&id);
     sandbox.finish(&driver);
 }
 
@@ -298,7 +359,13 @@ fn stopping_gives_up_what_is_being_created(t: &Test) {
     spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
     let marker = t.file("hook");
     let script = format!("touch {marker}; exec sleep 1000");
-    spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let shell = |script: &str| json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
+    let undoing = t.file("undoing");
+    spec["hooks"] = json!({
+        "createRuntime": shell(&script),
+        // Its network's end takes a while.
+        "poststop": shell(&format!("touch {undoing}; sleep 1")),
+    });
     let member = driver.join(&id, &spec, &sandbox.shim);
     let creating = std::thread::spawn({
         let member = member.clone();
@@ -307,14 +374,23 @@ fn stopping_gives_up_what_is_being_created(t: &Test) {
     eventually("its hook runs", Duration::from_secs(10), || {
         fs::exists(&marker).ok()?.then_some(())
     });
-    sandbox.stop().expect("stop");
+    let stopping = std::thread::spawn({
+        let sandbox = Sandbox { shim: sandbox.shim.clone() };
+        move || sandbox.stop()
+    });
+    eventually("its creation is undone", Duration::from_secs(10), || {
+        fs::exists(&undoing).ok()?.then_some(())
+    });
+    // Nothing joins a sandbox that is being stopped.
+    let late = driver.join(&t.id("late"), &driver.spec(&t.id("late"), &IDLE), &sandbox.shim);
+    refused(late.create(&Stdio3::default()), "FailedPrecondition", "sandbox is not running");
+    stopping.join().expect("the thread ends").expect("stop");
     let refusal = creating.join().expect("the thread ends").expect_err("it was given up");
     assert!(refusal.message.contains("was given up"), "{refusal:?}");
     assert_eq!(t.node.pve().vmid_of(&id), None);
-    let late = driver.join(&id, &spec, &sandbox.shim);
-    refused(late.create(&Stdio3::default()), "FailedPrecondition", "sandbox is not running");
     sandbox.finish(&driver);
     driver.remove_bundle(&id);
+    driver.remove_bundle(&late.id);
 }
 
 fn states_that_do_not_allow_it_are_refused(t: &Test) {
@@ -373,6 +449,12 @@ fn what_cannot_be_had_is_refused_and_leaves_nothing(t: &Test) {
     let created = sandbox.call::<api::CreateSandboxResponse>("CreateSandbox", &request);
     refused(created, "InvalidArgument", "sandbox_id");
     assert!(!t.node.run_dir().join(&t.node.namespace).join(&sandbox.shim.id).exists());
+
+    // A shim without a sandbox ends as any other.
+    let failed = start(&driver, &t.id("failed"));
+    refused(failed.create("/etc/passwd"), "InvalidArgument", "is not a network");
+    failed.shim.finish();
+    driver.remove_bundle(&failed.shim.id);
 
     // An empty file is no network, and not the node's.
     let empty = t.file("empty");

@@ -234,10 +234,22 @@ pub fn loop_devices_are_freed(images: &[&str]) {
     });
 }
 
+/// The files below a directory that loop devices have behind them.
+pub fn loop_devices_below(directory: &str) -> impl Iterator<Item = String> {
+    let start = format!("{directory}/");
+    backing_files()
+        .map(|file| file.trim_end().to_owned())
+        .filter(move |file| file.starts_with(&start))
+}
+
 /// How many loop devices have `image` behind them. Of a file on a file system other than the root's, the
 /// kernel may tell no more than the path there.
 pub fn loop_devices(image: &str) -> usize {
+    backing_files().filter(|file| image.ends_with(file.trim_end())).count()
+}
+
+fn backing_files() -> impl Iterator<Item = String> {
     let devices = fs::read_dir("/sys/block").expect("list block devices").flatten();
     let file = |d: fs::DirEntry| fs::read_to_string(d.path().join("loop/backing_file")).ok();
-    devices.filter_map(file).filter(|file| image.ends_with(file.trim_end())).count()
+    devices.filter_map(file)
 }

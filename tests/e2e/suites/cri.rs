@@ -13,6 +13,7 @@ use k8s_cri::v1::MountPropagation::{
 use k8s_cri::v1::{AttachRequest, ExecRequest, NamespaceMode, PortForwardRequest};
 
 use crate::harness::cri::{Container, Cri, IDS, Pod, Stream, Volume, words};
+use crate::harness::image;
 use crate::harness::node::{Node, Options};
 use crate::harness::process::{self, Slice, eventually};
 use crate::harness::test::Test;
@@ -73,12 +74,19 @@ pub fn shim_sandboxer_cases() -> Vec<crate::suites::Case> {
 
 /// Removes all pods; nothing of them may be left.
 fn finish(cri: &Cri) {
-    for pod in cri.pods() {
-        cri.remove_pod(&pod);
+    nothing_is_left_of(cri, &[]);
+}
+
+/// The same, for pods of which some have been removed before.
+fn nothing_is_left_of(cri: &Cri, removed: &[String]) {
+    let mut pods = cri.pods();
+    for pod in &pods {
+        cri.remove_pod(pod);
     }
+    pods.extend_from_slice(removed);
     let end = process::deadline(Duration::from_secs(15));
     loop {
-        let left = remains(cri.node);
+        let left = remains(cri.node, &pods);
         if left.is_empty() {
             return;
         }
@@ -87,8 +95,10 @@ fn finish(cri: &Cri) {
     }
 }
 
-fn remains(node: &Node) -> Vec<String> {
-    let mut left = node.remains("", &[]);
+fn remains(node: &Node, pods: &[String]) -> Vec<String> {
+    let mut left = node.remains("", pods);
+    let root = node.root.display().to_string();
+    left.extend(image::loop_devices_below(&root).map(|file| format!("loop device of {file}")));
     for entry in fs::read_dir(node.root.join("cni-data/e2e")).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !name.starts_with("last_reserved_ip") && name != "lock" {
@@ -674,7 +684,7 @@ fn volumes_propagate_mounts_and_come_from_images(t: &Test) {
     assert!(message.contains("not a shared mount"), "{message}");
     if t.node.setting.version() >= (2, 1) {
         let mut container = Container::idle("with-image");
-        container.image_volumes = vec![("/volume", crate::harness::image::IMAGE)];
+        container.image_volumes = vec![("/volume", image::IMAGE)];
         let with_image = cri.run(&id, &pod, &container);
         assert_eq!(cri.output(&with_image, "cat /volume/etc/not-executable"), "#!/bin/sh");
         assert_ne!(cri.exec(&with_image, "touch /volume/x").status, 0);
@@ -970,7 +980,7 @@ fn pods_survive_restarts_of_containerd(t: &Test) {
 fn thirty_pods_come_and_go_twice(t: &Test) {
     let cri = Cri { node: &t.node };
     for round in 0..2 {
-        std::thread::scope(|scope| {
+        let removed: Vec<String> = std::thread::scope(|scope| {
             let pods: Vec<_> = (0..process::at_once(30))
                 .map(|number| {
                     let cri = &cri;
@@ -986,13 +996,14 @@ fn thirty_pods_come_and_go_twice(t: &Test) {
                         assert_eq!(cri.status(&containers[0]).exit_code, 0);
                         // With the other two still running.
                         cri.remove_pod(&id);
+                        id
                     })
                 })
                 .collect();
-            for pod in pods {
-                pod.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            }
+            let ended = pods.into_iter().map(|pod| pod.join());
+            ended.map(|id| id.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
-        finish(&cri);
+        assert_eq!(removed.len(), process::at_once(30) as usize);
+        nothing_is_left_of(&cri, &removed);
     }
 }

@@ -787,6 +787,22 @@ fn a_sandbox_never_ends_who_was_in_its_cgroup(t: &Test) {
     assert_eq!(exec(t, &other, "alive", "echo alive"), (0, "alive".to_owned()));
     other.finish();
     driver.remove_bundle(&one);
+
+    // Nor who came after the sandbox had ended.
+    let (shim, _) = start_sandbox(&driver, &id, &network);
+    shim.kill("", 15, false).expect("kill");
+    shim.wait("").expect("wait");
+    let mut spec = driver.spec(&one, &IDLE);
+    spec["linux"]["cgroupsPath"] = json!(format!("/{}/{id}", t.node.namespace));
+    let other = driver.start(&one, &spec);
+    let pid = other.create(&Stdio3::default()).expect("create");
+    other.start("").expect("start");
+    shim.finish();
+    assert!(process::is_alive(pid), "the other container was killed");
+    assert_eq!(exec(t, &other, "lives", "echo alive"), (0, "alive".to_owned()));
+    other.finish();
+    driver.remove_bundle(&one);
+    driver.remove_bundle(&id);
 }
 
 fn hooks_of_a_sandbox_run(t: &Test) {

@@ -136,6 +136,12 @@ fn check_limits(cri: &Cri, id: &str, container: &Container) {
         let limit = value("cpu", "cpu.cfs_quota_us", "cpu.max");
         assert_eq!(limit.split_whitespace().next(), Some(quota.to_string().as_str()));
     }
+    if let Some(shares) = container.cpu_shares {
+        // On cgroup2 as runc converts them; releases differ in the formula.
+        let weight: i64 = value("cpu", "cpu.shares", "cpu.weight").parse().expect("a number");
+        let converted = 1 + (shares - 2) * 9999 / 262_142;
+        assert!(weight == shares || (converted..converted * 8).contains(&weight), "{weight}");
+    }
     let flag = |field: &str| process::status_field(pid, field).expect("a field of its status");
     assert_eq!(flag("NoNewPrivs"), u8::from(container.no_new_privileges).to_string());
     assert_eq!(flag("Seccomp"), if container.seccomp { "2" } else { "0" });
@@ -173,6 +179,8 @@ fn the_pod_runs(t: &Test) {
     let get = "wget -q -O - http://127.0.0.1/group | head -n 1";
     assert_eq!(cri.output(observer, get), "root:x:0:");
 
+    debug(&cri, &id, &pod, &running);
+
     // What the class says of its cost: the shim, and the monitor of each container.
     let class = document("runtimeclass.yaml", "RuntimeClass");
     let overhead = bytes(&class["overhead"]["podFixed"]["memory"]).expect("memory");
@@ -184,6 +192,30 @@ fn the_pod_runs(t: &Test) {
     let cost: i64 = monitors.chain([shim]).map(private_bytes).sum();
     assert!(cost > 0 && cost < overhead, "{cost} bytes, the class says {overhead}");
     cri.remove_pod(&id);
+}
+
+/// The guide's `kubectl debug`: a container that joins the processes of another of a running pod.
+fn debug(cri: &Cri, id: &str, pod: &Pod, running: &[(String, Container)]) {
+    let guide = shipped("kubernetes.md").lines().map(str::trim);
+    let mut words = guide.filter_map(|line| line.strip_prefix("kubectl debug "));
+    let words: Vec<&str> = words.next().expect("a debug example").split(' ').collect();
+    assert_eq!(words[0], pod.name);
+    let option = |name: &str| {
+        let value = words.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("{words:?} without {name}"))
+    };
+    let target = running.iter().find(|(_, container)| container.name == option("--target"));
+    let (target, _) = target.expect("the target is one of the pod");
+    let mut container = Container::idle("debugger");
+    container.image = Some(option("--image").to_owned());
+    container.target = Some(target.clone());
+    let debugger = cri.run(id, pod, &container);
+    assert_eq!(cri.output(&debugger, "ps | grep -c '[h]ttpd -f'"), "1");
+    let get = "wget -q -O - http://127.0.0.1/group | head -n 1";
+    assert_eq!(cri.output(&debugger, get), "root:x:0:");
+    assert!(cri.node.pve().vmid_of(&debugger).is_some(), "it is a CT");
+    cri.stop(&debugger, 1);
+    cri.remove(&debugger);
 }
 
 /// The memory that a process costs.

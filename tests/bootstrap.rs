@@ -55,7 +55,7 @@ impl Host {
             .arg(&root)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(fs::File::create(self.path("node.log")).unwrap())
             .spawn();
         let mut node = node.expect("start the simulator: cargo build -p pve-sim");
         let begin = Instant::now();
@@ -70,8 +70,9 @@ impl Host {
             sleep(Duration::from_millis(10));
         }
         let _ = node.kill();
-        let _ = node.wait();
-        panic!("the simulator does not listen");
+        let end = node.wait().unwrap();
+        let log = fs::read_to_string(self.path("node.log")).unwrap();
+        panic!("the simulator does not listen ({end}): {log}");
     }
 
     fn bundle(&self, id: &str) -> PathBuf {

@@ -5,6 +5,7 @@ use std::fs::{DirBuilder, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
@@ -100,8 +101,13 @@ async fn end_pod_sandbox(dir: &RunDir, record: &Record, id: &str) -> Result<()> 
     // A holder that came into being just before a failure is in no record. It ends by itself, as
     // nobody tells it to go on.
     if let Some(container) = record.cgroups.first() {
-        let (cgroup, deadline) = (Cgroup::at(container)?, Instant::now() + HOLDER_TIMEOUT);
-        while !cgroup.pids()?.is_empty() && Instant::now() < deadline {
+        let (cgroup, deadline) =
+            (Arc::new(Cgroup::at(container)?), Instant::now() + HOLDER_TIMEOUT);
+        let is_empty = || {
+            let cgroup = cgroup.clone();
+            blocking(move || Ok(cgroup.pids()?.is_empty()))
+        };
+        while !is_empty().await? && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         remove_cgroups(record.cgroups.clone()).await?;
